@@ -1,0 +1,39 @@
+"""Knowledge distillation between image models of different families, on `transformers.Trainer`."""
+
+from hf_ihb.arguments import (
+    AugmentationArguments,
+    DataArguments,
+    LogitDistillationTrainingArguments,
+    ModelArguments,
+    StructuralDistillationTrainingArguments,
+    SupervisedTrainingArguments,
+    TeacherArguments,
+)
+from hf_ihb.data import load_image_data
+from hf_ihb.models.student import build_student
+from hf_ihb.models.teacher import Teacher, load_teacher
+from hf_ihb.trainer import (
+    DistillationTrainer,
+    LogitDistillationTrainer,
+    StructuralDistillationTrainer,
+    SupervisedTrainer,
+)
+
+__all__ = [
+    "AugmentationArguments",
+    "DataArguments",
+    "DistillationTrainer",
+    "LogitDistillationTrainer",
+    "LogitDistillationTrainingArguments",
+    "ModelArguments",
+    "StructuralDistillationTrainer",
+    "StructuralDistillationTrainingArguments",
+    "SupervisedTrainer",
+    "SupervisedTrainingArguments",
+    "Teacher",
+    "TeacherArguments",
+    "build_student",
+    "load_image_data",
+    "load_teacher",
+]
+__version__ = "0.1.0"

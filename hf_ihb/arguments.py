@@ -1,0 +1,353 @@
+"""Every key of a recipe: dataclasses with a help text, a unit and a range for each key of ours."""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from transformers import TrainingArguments
+
+
+@dataclass(frozen=True)
+class Range:
+    """An interval of numbers; open bounds are excluded."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.low_open else value >= self.low
+        below = value < self.high if self.high_open else value <= self.high
+        return math.isfinite(value) and above and below
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"{'>' if self.low_open else '>='} {self.low:g}"
+        return f"in {'(' if self.low_open else '['}{self.low:g}, {self.high:g}{')' if self.high_open else ']'}"
+
+
+POSITIVE = Range(0, low_open=True)
+NON_NEGATIVE = Range(0)
+AT_LEAST_ONE = Range(1)
+FRACTION = Range(0, 1)
+FRACTION_BELOW_ONE = Range(0, 1, high_open=True)
+
+# Ranges of keys that belong to `TrainingArguments`, which does not check them itself.
+TRAINING_RANGES = {
+    "per_device_train_batch_size": AT_LEAST_ONE,
+    "per_device_eval_batch_size": AT_LEAST_ONE,
+    "gradient_accumulation_steps": AT_LEAST_ONE,
+    "num_train_epochs": POSITIVE,
+    "learning_rate": NON_NEGATIVE,
+    "weight_decay": NON_NEGATIVE,
+    "max_grad_norm": NON_NEGATIVE,
+    "warmup_steps": NON_NEGATIVE,
+    "adam_beta1": FRACTION_BELOW_ONE,
+    "adam_beta2": FRACTION_BELOW_ONE,
+    "adam_epsilon": POSITIVE,
+    "label_smoothing_factor": FRACTION_BELOW_ONE,
+    "seed": NON_NEGATIVE,
+    "dataloader_num_workers": NON_NEGATIVE,
+    "save_total_limit": AT_LEAST_ONE,
+}
+
+
+def key(default: Any, help: str, *, within: Range | None = None, unit: str | None = None) -> Any:
+    """A dataclass field of a recipe; range and unit are checked and shown by ``--help``."""
+    notes = "; ".join(str(note) for note in (unit, within) if note)
+    metadata = {"help": f"{help} ({notes})" if notes else help}
+    if within is not None:
+        metadata["range"] = within
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def range_of(dataclass_type: type, name: str) -> Range | None:
+    """Range of a key of one of our dataclasses or of `TrainingArguments`."""
+    own = {f.name: f.metadata.get("range") for f in fields(dataclass_type)}
+    return own.get(name) or (TRAINING_RANGES.get(name) if issubclass(dataclass_type, TrainingArguments) else None)
+
+
+def out_of_range(dataclass_type: type, name: str, value: Any) -> Range | None:
+    """The range that a value, or an item of a list of values, falls out of; None if there is nothing to say."""
+    allowed = range_of(dataclass_type, name)
+    values = value if isinstance(value, (list, tuple)) else [value]
+    numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    return allowed if allowed is not None and any(v not in allowed for v in numbers) else None
+
+
+class _Checked:
+    """Checks the range of every key when a dataclass is made from Python."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if (allowed := out_of_range(type(self), f.name, value)) is not None:
+                raise ValueError(f"key '{f.name}': expected a number {allowed}, found {value}")
+
+
+@dataclass
+class RunArguments(_Checked):
+    """What may happen to the run folder."""
+
+    _argument_group_name = "run"
+
+    overwrite_output_dir: bool = key(False, "Replace an earlier run of ours in output_dir (checkpoints included).")
+
+
+@dataclass
+class DataArguments(_Checked):
+    """Which images, and how they are split."""
+
+    _argument_group_name = "data"
+
+    dataset_name: str = key(
+        "uoft-cs/cifar10",
+        "Image-classification set: a Hub id, a local folder that `datasets.load_dataset` reads (an image folder too), "
+        "or 'sklearn:digits', which needs no network.",
+    )
+    dataset_config_name: str | None = key(None, "Configuration of the data set, where it has several.")
+    dataset_revision: str | None = key(None, "Branch, tag or commit of the data set on the Hub.")
+    image_column_name: str | None = key(None, "Column of the images; found by its type if not given.")
+    label_column_name: str | None = key(None, "Column of the labels; found by its type if not given.")
+    train_split: str = key("train", "Name of the training split.")
+    test_split: str = key("test", "Name of the test split; evaluated once, at the end.")
+    validation_split: str | None = key(
+        None, "Name of the validation split; if not given, a split named 'validation', 'valid' or 'val' is used."
+    )
+    validation_fraction: float = key(
+        0.1,
+        "Share of the training split that becomes the validation split, stratified by class, where the set has none.",
+        within=Range(0, 1, low_open=True, high_open=True),
+    )
+    split_seed: int = key(0, "Seed of that split; apart from `seed`, so that runs share it.", within=NON_NEGATIVE)
+    max_train_samples: int | None = key(
+        None, "Train on a stratified part of the training split.", within=AT_LEAST_ONE, unit="images"
+    )
+    max_eval_samples: int | None = key(
+        None, "Evaluate on stratified parts of the validation and test splits.", within=AT_LEAST_ONE, unit="images"
+    )
+    image_size: int | None = key(
+        None, "Side of the decoded images; the size of the first image if not given.", within=AT_LEAST_ONE, unit="px"
+    )
+
+
+@dataclass
+class AugmentationArguments(_Checked):
+    """What a training image goes through, drawn per image and epoch."""
+
+    _argument_group_name = "augmentation"
+
+    random_crop_padding: int = key(
+        0, "Zero padding on each side before a random crop of the original size.", within=NON_NEGATIVE, unit="px"
+    )
+    horizontal_flip: float = key(0.0, "Probability of a horizontal flip.", within=FRACTION)
+    cutout_size: int = key(
+        0, "Side of one square covered with the mean colour, clipped at the border.", within=NON_NEGATIVE, unit="px"
+    )
+    mixup_alpha: float = key(0.0, "MixUp: Beta parameter of the mixing weight; 0 turns it off.", within=NON_NEGATIVE)
+    cutmix_alpha: float = key(0.0, "CutMix: Beta parameter of the box's area; 0 turns it off.", within=NON_NEGATIVE)
+    mix_probability: float = key(1.0, "Probability that an image is mixed, where mixing is on.", within=FRACTION)
+    mix_switch_probability: float = key(
+        0.5, "Share of mixed images that get CutMix where both kinds are on.", within=FRACTION
+    )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether any image is mixed with another."""
+        return self.mix_probability > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
+
+
+@dataclass
+class ModelArguments(_Checked):
+    """The model that is trained."""
+
+    _argument_group_name = "model"
+
+    architecture: str | None = key(
+        None,
+        "From scratch: 'deit' (if not given: cls and distillation heads, averaged at inference), 'deit_cls' (read at "
+        "the cls token), 'vit' (no distillation token), or the name of a timm model such as 'resnet18_cifar'.",
+    )
+    model_name_or_path: str | None = key(
+        None, "Start from these weights (Hub id or folder) instead of from scratch; only the head is new."
+    )
+    model_revision: str | None = key(None, "Branch, tag or commit of those weights on the Hub.")
+    hidden_size: int | None = key(None, "Width of a ViT from scratch; 192 if not given.", within=AT_LEAST_ONE)
+    num_hidden_layers: int | None = key(None, "Blocks of a ViT from scratch; 12 if not given.", within=AT_LEAST_ONE)
+    num_attention_heads: int | None = key(None, "Heads of a ViT from scratch; 3 if not given.", within=AT_LEAST_ONE)
+    intermediate_size: int | None = key(
+        None, "MLP width of a ViT from scratch; 4 x hidden_size if not given.", within=AT_LEAST_ONE
+    )
+    patch_size: int | None = key(
+        None, "Side of a patch of a ViT from scratch; 4 if not given.", within=AT_LEAST_ONE, unit="px"
+    )
+    drop_path_rate: float = key(
+        0.0, "Stochastic depth: drop rate of the last block, rising linearly from 0.", within=FRACTION_BELOW_ONE
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model_name_or_path is not None:
+            shape = (
+                "architecture",
+                "hidden_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "intermediate_size",
+                "patch_size",
+            )
+            if given := [name for name in shape if getattr(self, name) is not None]:
+                raise ValueError(f"keys 'model_name_or_path' and '{given[0]}' contradict: the weights fix the shape")
+        elif self.hidden_size is not None or self.num_attention_heads is not None:
+            width, heads = self.hidden_size or 192, self.num_attention_heads or 3
+            if width % heads:
+                raise ValueError(
+                    f"key 'hidden_size': expected a multiple of num_attention_heads={heads}, found {width}"
+                )
+
+
+@dataclass
+class TeacherArguments(_Checked):
+    """The frozen model that is learned from."""
+
+    _argument_group_name = "teacher"
+
+    teacher_model: str | None = key(None, "Hub id or folder of the teacher (transformers or timm, safetensors).")
+    teacher_revision: str | None = key(None, "Branch, tag or commit of the teacher on the Hub.")
+    teacher_image_size: int | None = key(
+        None,
+        "Side of the images the teacher sees; its image processor's if not given.",
+        within=AT_LEAST_ONE,
+        unit="px",
+    )
+    teacher_assume_same_label_order: bool = key(
+        False, "Trust that the teacher's classes are in the data set's order where its names cannot tell."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher_model is None:
+            raise ValueError("key 'teacher_model': expected a Hub id or a folder, found nothing")
+
+
+@dataclass
+class SupervisedTrainingArguments(_Checked, TrainingArguments):
+    """`TrainingArguments` with the defaults that image batches made on the device need.
+
+    Changed defaults: `remove_unused_columns=False` (augmentation needs the sample index), `dataloader_drop_last=True`
+    (a short last batch would weigh more per image; evaluation always sees every image),
+    `logging_nan_inf_filter=False` (a NaN is an error, not a gap), `ddp_find_unused_parameters=False` (every parameter
+    gets a gradient), `data_seed=seed`.
+    """
+
+    _argument_group_name = "training"
+
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Remove columns the model does not take from a `datasets.Dataset`."}
+    )
+    dataloader_drop_last: bool = field(
+        default=True, metadata={"help": "Drop the last incomplete batch of training; evaluation sees every image."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave NaN and Inf out of the logged loss (they stop the run anyway)."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Passed to DistributedDataParallel; every parameter gets a gradient here."}
+    )
+
+    def __post_init__(self) -> None:
+        _Checked.__post_init__(self)
+        TrainingArguments.__post_init__(self)
+        # ranks are given different seeds for drop path; the order of the data must not follow them
+        if self.data_seed is None:
+            self.data_seed = self.seed
+
+
+@dataclass
+class DistillationTrainingArguments(SupervisedTrainingArguments):
+    """What every distillation shares."""
+
+    distillation_warmup_type: Literal["linear", "step"] = key(
+        "linear", "How distillation losses reach their weight over their warm-up epochs."
+    )
+
+
+@dataclass
+class LogitDistillationTrainingArguments(DistillationTrainingArguments):
+    """Cross-entropy on the cls head, distillation on the distillation head (on the same head where there is one)."""
+
+    _argument_group_name = "training (method: logits)"
+
+    method: Literal["logits"] = key("logits", "Learn from the teacher's class scores.")
+    alpha: float = key(0.5, "Weight of the distillation loss; the task loss gets 1 - alpha.", within=FRACTION)
+    temperature: float = key(1.0, "Softmax temperature of student and teacher.", within=POSITIVE, unit="dimensionless")
+    distillation_type: Literal["soft", "hard"] = key(
+        "soft", "'soft': temperature^2 x KL divergence; 'hard': cross-entropy to the teacher's decision."
+    )
+    distillation_warmup_epochs: float = key(
+        0.0, "Epochs over which alpha rises from 0 (see distillation_warmup_type).", within=NON_NEGATIVE, unit="epochs"
+    )
+    teacher_view: Literal["identical", "clean"] = key(
+        "identical", "The teacher sees the student's augmented image ('identical') or the stored one ('clean')."
+    )
+
+
+@dataclass
+class StructuralDistillationTrainingArguments(DistillationTrainingArguments):
+    """Task loss plus CKA, Gram and token losses between blocks of student and teacher."""
+
+    _argument_group_name = "training (method: structural)"
+
+    method: Literal["structural"] = key("structural", "Learn from the structure of the teacher's features.")
+    task_loss_weight: float = key(1.0, "Weight of the cross-entropy on the labels.", within=NON_NEGATIVE)
+    cka_weight: float = key(0.0, "Weight of 1 - CKA.", within=NON_NEGATIVE)
+    gram_weight: float = key(0.0, "Weight of the distance of token similarity matrices.", within=NON_NEGATIVE)
+    token_weight: float = key(
+        0.0, "Weight of 1 - cosine of linearly mapped student tokens and standardised teacher tokens.",
+        within=NON_NEGATIVE,
+    )  # fmt: skip
+    cka_warmup_epochs: float = key(0.0, "Warm-up of cka_weight.", within=NON_NEGATIVE, unit="epochs")
+    gram_warmup_epochs: float = key(0.0, "Warm-up of gram_weight.", within=NON_NEGATIVE, unit="epochs")
+    token_warmup_epochs: float = key(0.0, "Warm-up of token_weight.", within=NON_NEGATIVE, unit="epochs")
+    student_layers: list[int] = key(
+        [5, 8, 11], "Student blocks whose outputs are compared.", within=NON_NEGATIVE, unit="0-based block index"
+    )
+    teacher_layers: list[int] | None = key(
+        None, "Teacher blocks (CNN: stages), one for each student block; student_layers if not given.",
+        within=NON_NEGATIVE, unit="0-based block index",
+    )  # fmt: skip
+    cka_scope: Literal["tokens", "images"] = key(
+        "tokens", "CKA over the tokens of each image, or over the images of the per-device batch (mean tokens)."
+    )
+    cka_estimator: Literal["biased", "debiased"] = key("debiased", "Estimator of CKA.")
+    center_positions: bool = key(
+        True,
+        "Remove position codes before CKA and Gram: the mean over the training images from the teacher's tokens, the "
+        "mean over the per-device batch from the student's.",
+    )
+    teacher_norm: bool = key(False, "Apply the teacher's final norm to the output of every block, as DINOv2 does.")
+    teacher_view: Literal["shared", "clean", "identical"] = key(
+        "shared",
+        "'shared': the teacher sees the stored image and its tokens follow the student's crop and flip; 'clean': they "
+        "do not; 'identical': it sees the student's augmented image.",
+    )
+    teacher_statistics_samples: int = key(
+        1024, "Training images from which the teacher's feature statistics are taken.", within=Range(2), unit="images"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher_layers is not None and len(self.teacher_layers) != len(self.student_layers):
+            raise ValueError(
+                f"keys 'student_layers' and 'teacher_layers' contradict: expected as many blocks of each, found "
+                f"{self.student_layers} and {self.teacher_layers}"
+            )
+        if not self.student_layers:
+            raise ValueError("key 'student_layers': expected at least one block, found []")
+        if self.cka_weight == self.gram_weight == self.token_weight == 0:
+            raise ValueError(
+                "keys 'cka_weight', 'gram_weight' and 'token_weight': expected one of them to be > 0, found 0"
+            )

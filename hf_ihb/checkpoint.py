@@ -1,0 +1,93 @@
+"""Checkpoints that hold the Hub's key names and are read back strictly.
+
+`save_pretrained` writes a model's published names while the Trainer reads them back by the module's own names and skips
+what does not match: of a DeiT that is all but a few tensors. Here a checkpoint is read through `from_pretrained`, which
+knows both, and every tensor must be there.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_ihb.errors import CheckpointError
+
+HEADS_FILE = Path("distillation", "heads.safetensors")
+_STUDENT_PREFIX = "student."
+
+
+def save_module(module: nn.Module, directory: Path, state_dict: dict[str, Tensor] | None, main_process: bool) -> None:
+    """Writes the plain student, and the student-side heads into a folder of their own.
+
+    Args:
+        module: A `StudentModule`.
+        directory: Folder to write to.
+        state_dict: The whole state where the live tensors are sharded; the module's own if None.
+        main_process: Whether this process writes shared files.
+    """
+    state = module.state_dict() if state_dict is None else state_dict
+    student = {k.removeprefix(_STUDENT_PREFIX): v for k, v in state.items() if k.startswith(_STUDENT_PREFIX)}
+    heads = {k: v.contiguous() for k, v in state.items() if not k.startswith(_STUDENT_PREFIX)}
+    module.student.save_pretrained(directory, state_dict=student, is_main_process=main_process)
+    if heads and main_process:
+        (directory / HEADS_FILE).parent.mkdir(parents=True, exist_ok=True)
+        save_file(heads, directory / HEADS_FILE)
+
+
+def load_module(module: nn.Module, directory: Path) -> None:
+    """Reads back, in place, what `save_module` wrote.
+
+    Raises:
+        CheckpointError: If a file is missing or unreadable, or a tensor is missing, left over or of another shape.
+    """
+    student: PreTrainedModel = module.student
+    dtype = next(student.parameters()).dtype
+    try:
+        loaded, info = type(student).from_pretrained(
+            directory, config=student.config, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory}: the student cannot be read ({' '.join(str(error).split())[:200]})"
+        ) from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise CheckpointError(
+                f"{directory}: expected every tensor of {type(student).__name__}, found {len(info[kind])} "
+                f"{kind.replace('_', ' ')}, {sorted(map(str, info[kind]))[0]} first"
+            )
+    student.load_state_dict(loaded.state_dict(), strict=True)
+
+    expected = {k: v for k, v in module.state_dict().items() if not k.startswith(_STUDENT_PREFIX)}
+    if not expected:
+        return
+    try:
+        heads = load_file(directory / HEADS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{directory / HEADS_FILE}: the student-side heads cannot be read ({error})") from error
+    shapes = {k: tuple(v.shape) for k, v in heads.items()}
+    if shapes != {k: tuple(v.shape) for k, v in expected.items()}:
+        raise CheckpointError(f"{directory / HEADS_FILE}: expected heads {sorted(expected)}, found {sorted(heads)}")
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(heads[name])
+
+
+def newest_checkpoint(output_dir: str | Path) -> Path | None:
+    """The complete checkpoint with the most steps; a save that was cut short has no trainer state yet.
+
+    Returns:
+        Its folder, or None if there is none.
+    """
+    pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+    found = [
+        (int(m[1]), p) for p in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (m := pattern.fullmatch(p.name))
+    ]
+    complete = [(step, path) for step, path in found if (path / TRAINER_STATE_NAME).is_file()]
+    return max(complete)[1] if complete else None

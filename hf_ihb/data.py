@@ -1,0 +1,265 @@
+"""Any `datasets` image-classification set -> uint8 splits, decoded once."""
+
+import io
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import default_data_collator
+
+from hf_ihb.arguments import DataArguments
+from hf_ihb.errors import DataError
+
+DIGITS = "sklearn:digits"
+MAX_PIXELS = 1 << 26
+_IS_WORKER = os.environ.get("LOCAL_RANK", "0") != "0"  # one progress bar a machine
+_VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+
+
+class ImageSplit(torch.utils.data.Dataset):
+    """Decoded images of one split; a batch is one gather.
+
+    An item is ``{"pixel_values": uint8 (C, H, W), "labels": int, "index": int}``. A `DataLoader` asks for a whole batch
+    at once and gets the stacked dictionary; `collate_images` passes it on.
+
+    Args:
+        images: ``(N, C, H, W)`` uint8.
+        labels: ``(N,)`` int64 in [0, len(label_names)).
+        label_names: Name of each class, in label order.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, label_names: Sequence[str]) -> None:
+        self.images, self.labels, self.label_names = images, labels, list(label_names)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"pixel_values": self.images[index], "labels": int(self.labels[index]), "index": index}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        index = torch.as_tensor(indices)
+        return {"pixel_values": self.images[index], "labels": self.labels[index], "index": index}
+
+    def select(self, indices: Tensor | np.ndarray) -> "ImageSplit":
+        """The rows at `indices`, renumbered from 0."""
+        index = torch.as_tensor(indices)
+        return ImageSplit(self.images[index], self.labels[index], self.label_names)
+
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each channel over all pixels, in [0, 1], to four decimals."""
+        levels = torch.arange(256, dtype=torch.float64) / 255
+        # counting levels is exact and needs no float copy of the images
+        counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in self.images.unbind(1)]).double()
+        share = counts / counts.sum(dim=1, keepdim=True)
+        mean = share @ levels
+        std = (share @ levels.square() - mean.square()).clamp_min(0).sqrt()
+        return [round(v, 4) for v in mean.tolist()], [max(round(v, 4), 1e-4) for v in std.tolist()]
+
+
+@dataclass
+class ImageData:
+    """The three splits of a data set; `revision` is the Hub commit, None for local sets."""
+
+    train: ImageSplit
+    validation: ImageSplit
+    test: ImageSplit
+    name: str
+    revision: str | None
+
+    @property
+    def label_names(self) -> list[str]:
+        """Class names in label order."""
+        return self.train.label_names
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the stored images."""
+        return tuple(self.train.images.shape[-2:])
+
+
+def collate_images(batch: dict[str, Tensor] | list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Passes on a batch that `ImageSplit` made; stacks items of any data set as `default_data_collator` does."""
+    return batch if isinstance(batch, dict) else default_data_collator(batch)
+
+
+def load_image_data(args: DataArguments) -> ImageData:
+    """Loads, checks, decodes and splits a data set.
+
+    Raises:
+        DataError: If it cannot be found, a column or split is missing, or a row cannot be used.
+    """
+    train, validation, test, revision = _load_digits(args) if args.dataset_name == DIGITS else _load_hub(args)
+    if validation is None:
+        rest, held_out = _stratified(train, args.validation_fraction, args.split_seed, f"{args.dataset_name} train")
+        train, validation = train.select(rest), train.select(held_out)
+    train = _limit(train, args.max_train_samples, args.split_seed, f"{args.dataset_name} train")
+    validation = _limit(validation, args.max_eval_samples, args.split_seed, f"{args.dataset_name} validation")
+    test = _limit(test, args.max_eval_samples, args.split_seed, f"{args.dataset_name} test")
+    return ImageData(train, validation, test, args.dataset_name, revision)
+
+
+def _stratified(split: ImageSplit, share: float | int, seed: int, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted row numbers of (the rest, a stratified part)."""
+    try:
+        rest, part = train_test_split(
+            np.arange(len(split)), test_size=share, stratify=split.labels.numpy(), random_state=seed
+        )
+    except ValueError as error:
+        raise DataError(
+            f"{where}: cannot be split by class ({error}); give 'validation_split' or more images"
+        ) from error
+    return np.sort(rest), np.sort(part)
+
+
+def _limit(split: ImageSplit, limit: int | None, seed: int, where: str) -> ImageSplit:
+    if limit is None or limit >= len(split):
+        return split
+    return split.select(_stratified(split, limit, seed, where)[1])
+
+
+def _load_digits(args: DataArguments) -> tuple[ImageSplit, None, ImageSplit, None]:
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; every fifth of each class is the test split."""
+    bunch = load_digits()
+    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
+    images = [Image.fromarray(p).convert("RGB") for p in pixels]
+    size = args.image_size or pixels.shape[-1]
+    decoded = torch.stack([_to_tensor(image, (size, size)) for image in images])
+    everything = ImageSplit(decoded, torch.from_numpy(bunch.target).long(), [str(n) for n in bunch.target_names])
+    train, test = _stratified(everything, 0.2, 0, DIGITS)
+    return everything.select(train), None, everything.select(test), None
+
+
+def _load_hub(args: DataArguments) -> tuple[ImageSplit, ImageSplit | None, ImageSplit, str | None]:
+    splits, revision = _fetch(args)
+    name = args.validation_split or next((n for n in _VALIDATION_NAMES if n in splits), None)
+    wanted = {"train_split": args.train_split, "test_split": args.test_split}
+    if name is not None:
+        wanted["validation_split"] = name
+    for key, split in wanted.items():
+        if split not in splits:
+            raise DataError(f"{args.dataset_name}: key '{key}': no split '{split}'; it has {', '.join(splits)}")
+        if len(splits[split]) == 0:
+            raise DataError(f"{args.dataset_name}: split '{split}' is empty")
+    image_column, label_column = _columns(args, splits[args.train_split].features)
+    names = _label_names(splits[args.train_split], label_column)
+    size = (args.image_size, args.image_size) if args.image_size else None
+    decoded = {}
+    for key, split in wanted.items():
+        where = f"{args.dataset_name}, split '{split}'"
+        labels = _labels(splits[split][label_column], names, where)
+        images = _decode(splits[split], image_column, size, where)
+        size = tuple(images.shape[-2:])  # every split gets the size of the first
+        decoded[key] = ImageSplit(images, labels, names)
+    return decoded["train_split"], decoded.get("validation_split"), decoded["test_split"], revision
+
+
+def _fetch(args: DataArguments) -> tuple[datasets.DatasetDict, str | None]:
+    name = args.dataset_name
+    local = Path(name).expanduser().exists()
+    try:
+        splits = datasets.load_dataset(
+            str(Path(name).expanduser()) if local else name,
+            args.dataset_config_name,
+            revision=None if local else args.dataset_revision,
+        )
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        kind = "folder" if local else "Hub data set"
+        raise DataError(f"{kind} '{name}' could not be loaded: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(splits, datasets.DatasetDict):
+        raise DataError(f"{name}: expected a data set with splits, found {type(splits).__name__}")
+    checksums = next(iter(splits.values())).info.download_checksums or {}
+    commits = {part.split("@")[1].split("/")[0] for part in checksums if part.startswith("hf://") and "@" in part}
+    return splits, commits.pop() if len(commits) == 1 else None
+
+
+def _columns(args: DataArguments, features: datasets.Features) -> tuple[str, str]:
+    def find(key: str, given: str | None, fitting: list[str], kind: str) -> str:
+        if given is not None:
+            if given not in features:
+                raise DataError(f"{args.dataset_name}: key '{key}': no column '{given}'; it has {', '.join(features)}")
+            return given
+        if len(fitting) != 1:
+            found = "none" if not fitting else " and ".join(fitting)
+            raise DataError(
+                f"{args.dataset_name}: expected one {kind} column, found {found} among {', '.join(features)}; "
+                f"give '{key}'"
+            )
+        return fitting[0]
+
+    images = [n for n, f in features.items() if isinstance(f, datasets.Image)]
+    labels = [n for n, f in features.items() if isinstance(f, datasets.ClassLabel)]
+    if not labels:
+        labels = [n for n in ("label", "labels") if n in features]
+    return (
+        find("image_column_name", args.image_column_name, images, "image"),
+        find("label_column_name", args.label_column_name, labels, "label"),
+    )
+
+
+def _label_names(split: datasets.Dataset, column: str) -> list[str]:
+    feature = split.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names)
+    values = [v for v in split[column] if v is not None]
+    if not all(isinstance(v, int) for v in values):
+        raise DataError(f"column '{column}': expected class labels or integers, found {type(values[0]).__name__}")
+    return [str(n) for n in range(max(values, default=-1) + 1)]
+
+
+def _labels(column: Sequence[int | None], names: list[str], where: str) -> Tensor:
+    values = list(column)
+    for row, value in enumerate(values):
+        if value is None or not 0 <= value < len(names):
+            raise DataError(f"{where}, row {row}: expected a label in [0, {len(names)}), found {value}")
+    return torch.tensor(values)
+
+
+def _decode(split: datasets.Dataset, column: str, size: tuple[int, int] | None, where: str) -> Tensor:
+    """``(N, 3, H, W)`` uint8; the first image fixes the size if `size` is None."""
+    raw = split.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    images: Tensor | None = None
+    for row, record in enumerate(tqdm(raw, desc=f"Decoding {where}", unit="img", mininterval=1.0, disable=_IS_WORKER)):
+        image = _open(record[column], f"{where}, row {row}")
+        if images is None:
+            fixed = size is not None
+            size = size or (image.height, image.width)
+            images = torch.empty((len(raw), 3, *size), dtype=torch.uint8)
+        if not fixed and (image.height, image.width) != size:
+            raise DataError(
+                f"{where}, row {row}: expected {size[0]} x {size[1]} px like row 0, found {image.height} x "
+                f"{image.width}; give 'image_size' to resize"
+            )
+        images[row] = _to_tensor(image, size)
+    return images
+
+
+def _open(record: dict[str, Any], where: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            source = io.BytesIO(record["bytes"]) if record["bytes"] is not None else record["path"]
+            with Image.open(source) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise DataError(f"{where}: expected at most {MAX_PIXELS} px, found {image.width} x {image.height}")
+                return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombWarning,
+            Image.DecompressionBombError, UnidentifiedImageError) as error:  # fmt: skip
+        raise DataError(f"{where}: the image cannot be decoded ({' '.join(str(error).split())[:120]})") from error
+
+
+def _to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    if (image.height, image.width) != size:
+        image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

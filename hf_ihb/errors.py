@@ -1,0 +1,43 @@
+"""Errors a user can meet, each with the exit code that a script ends with."""
+
+
+class HfIhbError(Exception):
+    """Base of every error that is the user's to mend; printed as one line, without a traceback."""
+
+    exit_code = 1
+
+
+class RecipeError(HfIhbError):
+    """A recipe or a command line that cannot be run as it stands."""
+
+    exit_code = 2
+
+
+class DataError(HfIhbError):
+    """A data set that is missing, empty, or holds a row that cannot be used."""
+
+    exit_code = 3
+
+
+class ModelLoadError(HfIhbError):
+    """A student or teacher that cannot be found, read or trusted."""
+
+    exit_code = 3
+
+
+class TeacherMismatchError(HfIhbError):
+    """A teacher that does not fit the student, the labels or the method."""
+
+    exit_code = 3
+
+
+class NumericsError(HfIhbError):
+    """A loss or a weight that is not a finite number."""
+
+    exit_code = 3
+
+
+class CheckpointError(HfIhbError):
+    """A checkpoint that is missing, incomplete or does not match the model."""
+
+    exit_code = 4

@@ -1,0 +1,162 @@
+"""Augmentations of a batch with one set of parameters per sample, on the batch's own device.
+
+Every geometric operation also returns where it looked: an affine ``(B, 2, 3)`` that maps output to input coordinates,
+both in [-1, 1] over the image as in `torch.nn.functional.affine_grid(align_corners=False)`.
+"""
+
+import functools
+
+import torch
+from scipy.special import betaincinv
+from torch import Tensor
+
+
+def identity_affine(batch_size: int, device: torch.device | None = None) -> Tensor:
+    """``(B, 2, 3)`` affine of an image that was not moved."""
+    return torch.eye(2, 3, device=device).expand(batch_size, 2, 3)
+
+
+def crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, padding: int) -> tuple[Tensor, Tensor]:
+    """Pads with zeros, crops back to the original size, then mirrors horizontally where asked.
+
+    Args:
+        images: ``(B, C, H, W)``, any dtype.
+        top: ``(B,)`` int64 first row of the crop in the padded image, in [0, 2 * padding].
+        left: ``(B,)`` int64 first column, in [0, 2 * padding].
+        flip: ``(B,)`` bool.
+        padding: Pixels added on each side, >= 0.
+
+    Returns:
+        The views ``(B, C, H, W)`` in the dtype of `images`, and their affine ``(B, 2, 3)``.
+    """
+    batch, _, height, width = images.shape
+    rows = torch.arange(height, device=images.device) + (top - padding)[:, None]  # (B, H)
+    columns = torch.arange(width, device=images.device).expand(batch, width)
+    columns = torch.where(flip[:, None], width - 1 - columns, columns) + (left - padding)[:, None]  # (B, W)
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    flat = (rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]).flatten(1)
+    views = images.flatten(2).gather(2, flat[:, None].expand(-1, images.shape[1], -1)).view_as(images)
+
+    affine = torch.zeros(batch, 2, 3, device=images.device)
+    affine[:, 0, 0] = torch.where(flip, -1.0, 1.0)
+    affine[:, 0, 2] = (left - padding) * (2 / width)
+    affine[:, 1, 1] = 1.0
+    affine[:, 1, 2] = (top - padding) * (2 / height)
+    return views * inside[:, None], affine
+
+
+def box_mask(
+    center_y: Tensor, center_x: Tensor, box_height: Tensor, box_width: Tensor, height: int, width: int
+) -> Tensor:
+    """Boxes around integer centres, clipped at the border.
+
+    Args:
+        center_y: ``(B,)`` int64 row of the centre; the box covers rows ``[y - h // 2, y + h // 2)``.
+        center_x: ``(B,)`` int64 column of the centre.
+        box_height: ``(B,)`` or scalar int64.
+        box_width: ``(B,)`` or scalar int64.
+        height: Image rows.
+        width: Image columns.
+
+    Returns:
+        ``(B, 1, H, W)`` bool, true inside the box.
+    """
+    rows = torch.arange(height, device=center_y.device)
+    columns = torch.arange(width, device=center_y.device)
+    half_y, half_x = box_height // 2, box_width // 2
+    in_rows = (rows >= (center_y - half_y)[:, None]) & (rows < (center_y + half_y)[:, None])
+    in_columns = (columns >= (center_x - half_x)[:, None]) & (columns < (center_x + half_x)[:, None])
+    return (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
+
+
+def cutout(images: Tensor, center_y: Tensor, center_x: Tensor, size: int, fill: Tensor) -> Tensor:
+    """Covers one square per image.
+
+    Args:
+        images: ``(B, C, H, W)`` float.
+        center_y: ``(B,)`` int64 row of the centre, in [0, H).
+        center_x: ``(B,)`` int64 column of the centre, in [0, W).
+        size: Side of the square in pixels, clipped at the border.
+        fill: ``(C,)`` colour of the square.
+
+    Returns:
+        ``(B, C, H, W)``.
+
+    References:
+        DeVries and Taylor, 2017, https://arxiv.org/abs/1708.04552
+    """
+    side = torch.as_tensor(size, device=images.device)
+    covered = box_mask(center_y, center_x, side, side, *images.shape[-2:])
+    return torch.where(covered, fill.to(images)[:, None, None], images)
+
+
+@functools.lru_cache(maxsize=8)
+def _beta_quantiles(alpha: float, resolution: int) -> Tensor:
+    middle = (torch.arange(resolution, dtype=torch.float64) + 0.5) / resolution
+    return torch.from_numpy(betaincinv(alpha, alpha, middle.numpy())).float()
+
+
+def beta_from_uniform(uniform: Tensor, alpha: float, resolution: int = 1 << 16) -> Tensor:
+    """Symmetric Beta(alpha, alpha) variates by inverting the distribution function on a fine grid.
+
+    Rejection samplers draw an unknown number of uniforms; a counter-based generator needs exactly one.
+
+    Args:
+        uniform: Numbers in [0, 1), any shape.
+        alpha: Shape parameter, > 0.
+        resolution: Grid points of the table.
+
+    Returns:
+        Same shape as `uniform`, in (0, 1).
+    """
+    table = _beta_quantiles(alpha, resolution).to(uniform.device)
+    return table[(uniform * resolution).long().clamp(max=resolution - 1)]
+
+
+def cutmix_weight(lam: Tensor, center_y: Tensor, center_x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Share of the own image at each pixel under CutMix.
+
+    Args:
+        lam: ``(B,)`` nominal share of the own image, in [0, 1].
+        center_y: ``(B,)`` int64 row of the pasted box's centre.
+        center_x: ``(B,)`` int64 column of the pasted box's centre.
+        height: Image rows.
+        width: Image columns.
+
+    Returns:
+        ``(B, 1, H, W)`` float in {0, 1}, 0 where the partner shows; and ``(B,)`` its mean, the share after clipping.
+
+    References:
+        Yun et al., 2019, https://arxiv.org/abs/1905.04899
+    """
+    side = (1 - lam).sqrt()
+    pasted = box_mask(center_y, center_x, (height * side).long(), (width * side).long(), height, width)
+    weight = 1 - pasted.float()
+    return weight, weight.mean(dim=(1, 2, 3))
+
+
+def mix(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
+    """Convex combination ``weight * first + (1 - weight) * second``; `weight` broadcasts.
+
+    References:
+        Zhang et al., 2018 (MixUp), https://arxiv.org/abs/1710.09412
+    """
+    return weight * first + (1 - weight) * second
+
+
+def smoothed_one_hot(labels: Tensor, num_labels: int, smoothing: float) -> Tensor:
+    """Class probabilities of hard labels.
+
+    Args:
+        labels: ``(B,)`` int64 in [0, num_labels).
+        num_labels: Number of classes K.
+        smoothing: Mass spread evenly over all classes, in [0, 1).
+
+    Returns:
+        ``(B, K)`` float32, rows sum to 1.
+
+    References:
+        Szegedy et al., 2016, https://arxiv.org/abs/1512.00567
+    """
+    one_hot = torch.nn.functional.one_hot(labels, num_labels).float()
+    return one_hot * (1 - smoothing) + smoothing / num_labels

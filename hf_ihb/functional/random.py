@@ -1,0 +1,79 @@
+"""Counter-based random numbers: what image k meets in epoch e is a function of (seed, epoch, k, stream) alone.
+
+The same for any batch size, worker count, process count or resume, because no state is kept anywhere.
+"""
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
+    """Philox4x32-10, a block cipher used as a random number generator.
+
+    Args:
+        counter: ``(..., 4)`` int64, each word in [0, 2^32).
+        key: Two words in [0, 2^32).
+
+    Returns:
+        ``(..., 4)`` int64, each word uniform in [0, 2^32).
+
+    References:
+        Salmon, Moraes, Dror, Shaw, 2011, Parallel Random Numbers: As Easy as 1, 2, 3.
+    """
+    x0, x1, x2, x3 = counter.unbind(-1)
+    key0, key1 = key
+    for _ in range(_ROUNDS):
+        # int64 products wrap modulo 2^64, which leaves both 32-bit halves of the unsigned product intact
+        product0, product1 = x0 * _MULTIPLIERS[0], x2 * _MULTIPLIERS[1]
+        x0, x1, x2, x3 = (
+            ((product1 >> 32) & _WORD) ^ x1 ^ key0,
+            product1 & _WORD,
+            ((product0 >> 32) & _WORD) ^ x3 ^ key1,
+            product0 & _WORD,
+        )
+        key0, key1 = (key0 + _WEYL[0]) & _WORD, (key1 + _WEYL[1]) & _WORD
+    return torch.stack((x0, x1, x2, x3), dim=-1)
+
+
+def counter_words(seed: int, epoch: int, index: Tensor, stream: int, count: int) -> Tensor:
+    """Random 32-bit words for each sample.
+
+    Args:
+        seed: Run seed, in [0, 2^64).
+        epoch: Epoch number, in [0, 2^32).
+        index: ``(B,)`` int64 sample indices, >= 0.
+        stream: Purpose of the numbers, in [0, 2^16); streams are independent of each other.
+        count: Words per sample, in [1, 2^18].
+
+    Returns:
+        ``(B, count)`` int64, uniform in [0, 2^32).
+    """
+    blocks = torch.arange((count + 3) // 4, device=index.device)
+    index = index.long()[:, None].expand(-1, len(blocks))
+    counter = torch.stack(
+        (index & _WORD, index >> 32, torch.full_like(index, epoch), (stream << 16) + blocks.expand_as(index)), dim=-1
+    )
+    return philox(counter, (seed & _WORD, (seed >> 32) & _WORD)).flatten(1)[:, :count]
+
+
+def counter_uniforms(seed: int, epoch: int, index: Tensor, stream: int, count: int) -> Tensor:
+    """Uniform numbers for each sample; arguments as in `counter_words`.
+
+    Returns:
+        ``(B, count)`` float32 in [0, 1), multiples of 2^-24.
+    """
+    return (counter_words(seed, epoch, index, stream, count) >> 8).float() * 2.0**-24
+
+
+def counter_integers(seed: int, epoch: int, index: Tensor, stream: int, high: int) -> Tensor:
+    """One integer for each sample; arguments as in `counter_words`.
+
+    Returns:
+        ``(B,)`` int64, uniform in [0, high), high < 2^31.
+    """
+    return (counter_words(seed, epoch, index, stream, 1)[:, 0] * high) >> 32

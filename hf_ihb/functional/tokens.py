@@ -1,0 +1,105 @@
+"""Patch tokens of two models, brought to the same places and compared one by one."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def resampling_matrix(affine: Tensor, grid: tuple[int, int], output_grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Bilinear resampling of a token map as a matrix R, so that tokens become ``R T`` and their Gram ``R G R^T``.
+
+    Args:
+        affine: ``(B, 2, 3)``, output to input coordinates as in `hf_ihb.functional.augment`.
+        grid: Rows and columns of the input token map, N tokens.
+        output_grid: Rows and columns wanted, M tokens.
+
+    Returns:
+        R ``(B, M, N)`` float32, rows sum to 1 (the border value is repeated outside the outermost token centres);
+        and ``(B, M)`` bool, true where the centre of the output token lies inside the input image.
+    """
+    device = affine.device
+
+    def centers(count: int) -> Tensor:
+        return (2 * torch.arange(count, device=device) + 1) / count - 1
+
+    y, x = torch.meshgrid(centers(output_grid[0]), centers(output_grid[1]), indexing="ij")
+    points = torch.stack((x.flatten(), y.flatten(), torch.ones_like(x).flatten()))  # (3, M)
+    source = affine.float() @ points  # (B, 2, M): x, y in [-1, 1] where inside
+    # rounding must not decide what is inside
+    inside = (source.abs() <= 1 + 1e-6).all(dim=1)
+
+    def taps(coordinate: Tensor, count: int) -> Tensor:
+        position = (((coordinate + 1) * count - 1) / 2).clamp(0, count - 1)
+        return (1 - (position[..., None] - torch.arange(count, device=device)).abs()).clamp_min(0)  # (B, M, count)
+
+    columns, rows = taps(source[:, 0], grid[1]), taps(source[:, 1], grid[0])
+    return (rows[..., :, None] * columns[..., None, :]).flatten(2), inside
+
+
+def resample_tokens(
+    tokens: Tensor, grid: tuple[int, int], affine: Tensor, output_grid: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Moves a token map so that token i looks at the same place as token i of a view made by `affine`.
+
+    A map that is finer than the output by a whole factor is averaged over blocks first.
+
+    Args:
+        tokens: ``(B, N, D)`` patch tokens, row by row, no prefix tokens.
+        grid: Rows and columns of the token map, rows * columns = N.
+        affine: ``(B, 2, 3)``, output to input coordinates as in `hf_ihb.functional.augment`.
+        output_grid: Rows and columns wanted; `grid` if None.
+
+    Returns:
+        ``(B, M, D)``, and ``(B, M)`` bool, false where the output token's centre lies outside the input image.
+
+    Raises:
+        ValueError: If the grid does not match the number of tokens.
+    """
+    if grid[0] * grid[1] != tokens.shape[1]:
+        raise ValueError(f"a {grid[0]} x {grid[1]} grid needs {grid[0] * grid[1]} tokens, got {tokens.shape[1]}")
+    output_grid = output_grid or grid
+    factors = (grid[0] // output_grid[0], grid[1] // output_grid[1])
+    if max(factors) > 1 and (factors[0] * output_grid[0], factors[1] * output_grid[1]) == tuple(grid):
+        tokens = F.avg_pool2d(tokens.mT.unflatten(2, grid), factors).flatten(2).mT
+        grid = output_grid
+    matrix, inside = resampling_matrix(affine, grid, output_grid)
+    return matrix.to(tokens.dtype) @ tokens, inside
+
+
+def standardize_tokens(tokens: Tensor, position_mean: Tensor, channel_std: Tensor) -> Tensor:
+    """``(t - position_mean) / channel_std``: removes a model's position code and its outlier channels.
+
+    Args:
+        tokens: ``(B, N, D)``.
+        position_mean: ``(N, D)`` mean token of each position over a data set.
+        channel_std: ``(D,)`` standard deviation around it, > 0.
+
+    Returns:
+        ``(B, N, D)`` float32.
+    """
+    return (tokens.float() - position_mean) / channel_std
+
+
+def token_cosine_distance(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """``1 - mean cos(s_i, t_i)`` over the tokens of each image.
+
+    Args:
+        student: ``(B, N, D)``, already mapped to the teacher's width.
+        teacher: ``(B, N, D)``, standardised.
+        mask: ``(B, N)`` bool, false tokens are left out; an image without tokens scores 1.
+
+    Returns:
+        ``(B,)`` float32 in [0, 2].
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student and teacher tokens must match, got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    with torch.autocast(student.device.type, enabled=False):
+        cosine = F.cosine_similarity(student.float(), teacher.float(), dim=-1)
+        if mask is None:
+            return 1 - cosine.mean(dim=-1)
+        return 1 - torch.where(mask, cosine, 0).sum(dim=-1) / mask.sum(dim=-1).clamp_min(1)

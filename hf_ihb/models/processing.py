@@ -1,0 +1,61 @@
+"""What an image processor does to pixels, as tensor operations on a batch."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import ViTImageProcessor
+from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
+
+
+class PixelFormat(NamedTuple):
+    """Normalisation and size a model was trained with; `mean` and `std` refer to pixels in [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    size: tuple[int, int] | None
+
+    def apply(self, images: Tensor) -> Tensor:
+        """Resizes (bicubic, antialiased) and normalises ``(B, C, H, W)`` float images in [0, 1]."""
+        if self.size is not None and tuple(images.shape[-2:]) != self.size:
+            images = F.interpolate(images, self.size, mode="bicubic", antialias=True).clamp(0, 1)
+        mean, std = (torch.tensor(v, device=images.device, dtype=images.dtype) for v in (self.mean, self.std))
+        return (images - mean[:, None, None]) / std[:, None, None]
+
+
+def pixel_format(processor: Any) -> PixelFormat:
+    """Reads mean, std and size off an image processor of transformers or timm."""
+    if isinstance(processor, TimmWrapperImageProcessor):
+        config = processor.data_config
+        return PixelFormat(tuple(config["mean"]), tuple(config["std"]), tuple(config["input_size"][-2:]))
+    normalizes = getattr(processor, "do_normalize", True)
+    mean = tuple(processor.image_mean) if normalizes else (0.0, 0.0, 0.0)
+    std = tuple(processor.image_std) if normalizes else (1.0, 1.0, 1.0)
+    crops = getattr(processor, "do_center_crop", False) and getattr(processor, "crop_size", None)
+    return PixelFormat(mean, std, _height_and_width(processor.crop_size if crops else getattr(processor, "size", None)))
+
+
+def _height_and_width(size: Any) -> tuple[int, int] | None:
+    if size is None or isinstance(size, int):
+        return None if size is None else (size, size)
+    height, width = (getattr(size, "height", None), getattr(size, "width", None))
+    if isinstance(size, dict):
+        height, width = size.get("height"), size.get("width")
+    if height and width:
+        return int(height), int(width)
+    edge = size.get("shortest_edge") if isinstance(size, dict) else getattr(size, "shortest_edge", None)
+    return (int(edge), int(edge)) if edge else None
+
+
+def student_processor(mean: list[float], std: list[float], size: tuple[int, int]) -> ViTImageProcessor:
+    """The image processor saved beside a student, so that `pipeline` sees what training evaluated."""
+    return ViTImageProcessor(
+        do_resize=True,
+        size={"height": size[0], "width": size[1]},
+        resample=3,  # PIL's bicubic
+        do_rescale=True,
+        do_normalize=True,
+        image_mean=list(mean),
+        image_std=list(std),
+    )

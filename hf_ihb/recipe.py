@@ -1,0 +1,242 @@
+"""A flat JSON recipe plus command-line overrides -> dataclasses, refused in one line where something is wrong."""
+
+import copy
+import difflib
+import json
+import math
+import re
+import types
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from collections.abc import Sequence
+from dataclasses import Field, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from transformers import HfArgumentParser
+
+from hf_ihb.arguments import out_of_range
+from hf_ihb.errors import RecipeError
+
+MAX_RECIPE_BYTES = 1 << 20
+
+_ARTICLES = {bool: "true or false", int: "an integer", float: "a number", str: "a string", dict: "an object"}
+
+
+class _RecipeParser(HfArgumentParser):
+    """Turns argparse's usage errors into one line and keeps ranges, which argparse does not know, out of it."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.search(r"argument --(\w+)[^:]*: (?:invalid \w+(?: value)?: )?(.*)", message)
+        if found is None:
+            raise RecipeError(f"command line: {message}")
+        name, value = found.groups()
+        kind = re.search(r"invalid (\w+) value", message)
+        reason = f"expected {kind[1]}, found {value}" if kind else f"found {value}"
+        raise RecipeError(f"command line: key '{name}': {reason}")
+
+    @staticmethod
+    def _parse_dataclass_field(parser: ArgumentParser, field: Field) -> None:
+        plain = copy.copy(field)
+        plain.metadata = {name: value for name, value in field.metadata.items() if name != "range"}
+        HfArgumentParser._parse_dataclass_field(parser, plain)
+
+
+def parse_recipe(argv: Sequence[str], *dataclasses: type, description: str | None = None) -> tuple[Any, ...]:
+    """Reads ``RECIPE.json [--key value ...]`` into dataclasses; the command line wins.
+
+    Nothing is downloaded or written. ``--help`` prints every key and exits.
+
+    Args:
+        argv: Command line without the program's name; the recipe's path comes first.
+        *dataclasses: Types whose fields are the known keys; no key may be in two of them.
+        description: Text at the top of ``--help``.
+
+    Returns:
+        One instance for each type.
+
+    Raises:
+        RecipeError: If the file or the command line cannot be used: one line naming file, key, expected and found.
+    """
+    argv = list(argv)
+    parser = _RecipeParser(
+        dataclasses, description=description, allow_abbrev=False, formatter_class=ArgumentDefaultsHelpFormatter,
+        conflict_handler="resolve", usage="%(prog)s RECIPE.json [--KEY VALUE ...]",
+    )  # fmt: skip
+    if "-h" in argv or "--help" in argv:
+        parser.print_help()
+        raise SystemExit(0)
+    path = recipe_path(argv)
+    owners = {f.name: dataclass for dataclass in dataclasses for f in fields(dataclass) if f.init}
+    values = read_recipe(path)
+    for name, value in values.items():
+        _check_key(f"{path}: key '{name}'", name, value, owners)
+
+    parser.set_defaults(**values)
+    namespace, unknown = parser.parse_known_args(argv[1:])
+    if unknown:
+        name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
+        _check_key(f"command line: key '{name}'", name, None, owners)
+        raise RecipeError(f"command line: expected --key value, found '{unknown[0]}'")
+    given = {token.lstrip("-").split("=")[0].replace("-", "_") for token in argv[1:] if token.startswith("--")}
+    for name in given & owners.keys():
+        _check_range(f"command line: key '{name}'", name, getattr(namespace, name), owners[name])
+    if "output_dir" in owners and "output_dir" not in given and "output_dir" not in values:
+        namespace.output_dir = str(_default_output_dir(path))
+
+    instances = []
+    for dataclass in dataclasses:
+        names = [f.name for f in fields(dataclass) if f.init]
+        try:
+            instances.append(dataclass(**{name: getattr(namespace, name) for name in names}))
+        except ValueError as error:
+            origin = "command line" if any(f"'{name}'" in str(error) for name in given) else path
+            raise RecipeError(f"{origin}: {_one_line(error)}") from error
+    return tuple(instances)
+
+
+def recipe_path(argv: Sequence[str]) -> Path:
+    """The recipe that a command line names.
+
+    Raises:
+        RecipeError: If the first argument is not the path of a file.
+    """
+    if not argv or argv[0].startswith("-"):
+        raise RecipeError("command line: expected the path of a recipe first, such as recipes/cka.json")
+    path = Path(argv[0])
+    if not path.is_file():
+        raise RecipeError(f"{path}: expected a recipe, found no such file")
+    return path
+
+
+def peek(argv: Sequence[str], name: str, choices: Sequence[str]) -> str:
+    """Value of one key before the dataclasses are known, the command line first.
+
+    Raises:
+        RecipeError: If the key is missing or not one of `choices`.
+    """
+    path = recipe_path(argv)
+    origin, value = str(path), read_recipe(path).get(name)
+    for i, token in enumerate(argv):
+        if token.split("=")[0] == f"--{name}":
+            origin, value = "command line", token.partition("=")[2] or next(iter(argv[i + 1 :]), None)
+    if value not in choices:
+        raise RecipeError(f"{origin}: key '{name}': expected one of {', '.join(choices)}, found {_shown(value)}")
+    return value
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """A recipe file as a dictionary.
+
+    Raises:
+        RecipeError: If it is not a flat JSON object with unique keys and finite numbers, or holds a secret.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in seen:
+                raise RecipeError(f"{path}: key '{name}': expected once, found twice")
+            seen[name] = value
+        return seen
+
+    def not_finite(literal: str) -> NoReturn:
+        raise RecipeError(f"{path}: expected finite numbers, found {literal}")
+
+    if (size := path.stat().st_size) > MAX_RECIPE_BYTES:
+        raise RecipeError(f"{path}: expected a recipe below {MAX_RECIPE_BYTES} bytes, found {size}")
+    try:
+        values = json.loads(path.read_text("utf-8"), object_pairs_hook=unique, parse_constant=not_finite)
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"{path}:{error.lineno}:{error.colno}: expected JSON, found {error.msg}") from error
+    except (RecursionError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: expected flat JSON in UTF-8, found {_one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: expected a JSON object, found {_shown(values)}")
+    for name, value in values.items():
+        if name.endswith("_token") or (
+            isinstance(value, str) and re.search(r"\bhf_\w{20,}|://[^/\s]*:[^/\s]*@", value)
+        ):
+            raise RecipeError(
+                f"{path}: key '{name}': expected no secret in a recipe; set the HF_TOKEN environment variable"
+            )
+    return values
+
+
+def _check_key(origin: str, name: str, value: Any, owners: dict[str, type]) -> None:
+    if name not in owners:
+        nearest = difflib.get_close_matches(name, owners, n=1, cutoff=0.0)
+        raise RecipeError(f"{origin}: unknown; did you mean '{nearest[0]}'?")
+    hint = get_type_hints(owners[name])[name]
+    if not _matches(value, hint):
+        allowed = out_of_range(owners[name], name, -math.inf)
+        expected = f"{_described(hint)} {allowed}" if allowed else _described(hint)
+        raise RecipeError(f"{origin}: expected {expected}, found {_shown(value)}")
+    _check_range(origin, name, value, owners[name])
+
+
+def _check_range(origin: str, name: str, value: Any, owner: type) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{origin}: expected a finite number, found {value}")
+    if (allowed := out_of_range(owner, name, value)) is not None:
+        raise RecipeError(
+            f"{origin}: expected {_described(get_type_hints(owner)[name])} {allowed}, found {_shown(value)}"
+        )
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, types.UnionType)
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    """Whether a JSON value has the type of a field, without any conversion."""
+    if hint is Any:
+        return True
+    if _is_union(hint):
+        enums = [h for h in get_args(hint) if isinstance(h, type) and issubclass(h, Enum)]
+        if enums and isinstance(value, str):
+            return any(_matches(value, h) for h in enums)
+        return any(_matches(value, h) for h in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if hint is None or hint is type(None):
+        return value is None
+    origin = get_origin(hint) or hint
+    if origin is list:
+        items = get_args(hint) or (Any,)
+        return isinstance(value, list) and all(_matches(v, items[0]) for v in value)
+    if isinstance(origin, type) and issubclass(origin, Enum):
+        return value in [member.value for member in origin]
+    if origin is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if origin is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(origin, type) and isinstance(value, origin)
+
+
+def _described(hint: Any) -> str:
+    if _is_union(hint):
+        return " or ".join(_described(h) for h in get_args(hint) if h is not type(None))
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    origin = get_origin(hint) or hint
+    if origin is list:
+        return f"a list, each item {_described((get_args(hint) or (Any,))[0])}"
+    if isinstance(origin, type) and issubclass(origin, Enum):
+        return f"one of {', '.join(str(member.value) for member in origin)}"
+    return _ARTICLES.get(origin, getattr(origin, "__name__", str(origin)))
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _default_output_dir(path: Path) -> Path:
+    parts = path.with_suffix("").parts
+    below = parts[parts.index("recipes") + 1 :] if "recipes" in parts else parts[-1:]
+    return Path("outputs", *below)

@@ -1,0 +1,164 @@
+"""A run folder from its opening to its results, and the way a script ends."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import TrainingArguments
+from transformers.utils import logging
+
+from hf_ihb.arguments import RunArguments
+from hf_ihb.data import ImageData
+from hf_ihb.errors import HfIhbError, RecipeError
+from hf_ihb.trainer import SupervisedTrainer
+
+RECIPE_FILE, HISTORY_FILE, EVALUATION_FILE = "recipe.json", "training_history.json", "evaluation.json"
+_PACKAGES = ("hf_ihb", "torch", "transformers", "accelerate", "datasets", "timm", "huggingface_hub", "safetensors")
+
+logger = logging.get_logger(__name__)
+
+
+def run_script(main: Callable[[list[str]], None]) -> None:
+    """Runs a script's `main` on the command line; a user's mistake is one line and an exit code, no traceback."""
+    try:
+        main(sys.argv[1:])
+    except HfIhbError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        # other processes of the run may wait in a collective; leave without the interpreter's own clean-up
+        sys.stdout.flush()
+        os._exit(error.exit_code) if PartialState._shared_state and PartialState().num_processes > 1 else sys.exit(
+            error.exit_code
+        )
+
+
+def resume_argument(args: TrainingArguments) -> str | bool | None:
+    """`--resume_from_checkpoint` as `train` takes it: ``true`` is the newest checkpoint, anything else a path."""
+    value = args.resume_from_checkpoint
+    return {"true": True, "false": None, "none": None}.get(str(value).lower(), value)
+
+
+def open_run(args: TrainingArguments, run_args: RunArguments) -> None:
+    """Checks that the run may write to its output folder, before anything is loaded.
+
+    Raises:
+        RecipeError: If the folder is a file, holds something that is not ours, or an earlier run that is neither
+            resumed nor overwritten.
+    """
+    folder, state = Path(args.output_dir), PartialState()
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"key 'output_dir': expected a folder, found the file {folder}")
+    ours = (folder / RECIPE_FILE).is_file()
+    if folder.is_dir() and any(folder.iterdir()) and not ours:
+        raise RecipeError(f"key 'output_dir': expected an empty or new folder, found {folder} with other content")
+    if ours and not resume_argument(args) and not run_args.overwrite_output_dir:
+        raise RecipeError(
+            f"key 'output_dir': expected an empty or new folder, found an earlier run in {folder}; go on with it by "
+            "--resume_from_checkpoint true, or replace it by --overwrite_output_dir true"
+        )
+    if os.access(next(p for p in (folder, *folder.absolute().parents) if p.exists()), os.W_OK) is False:
+        raise RecipeError(f"key 'output_dir': expected a folder that can be written to, found {folder}")
+    state.wait_for_everyone()
+    if ours and not resume_argument(args) and state.is_main_process:
+        shutil.rmtree(folder)
+    state.wait_for_everyone()
+
+
+def run_training(trainer: SupervisedTrainer, data: ImageData, recipe: Path, arguments: tuple[Any, ...]) -> dict:
+    """Trains, evaluates on validation and (once) test, and writes the run folder.
+
+    Args:
+        trainer: Ready to train.
+        data: The data set of the run.
+        recipe: The recipe's path.
+        arguments: Every dataclass the recipe was read into.
+
+    Returns:
+        The content of ``evaluation.json``.
+    """
+    folder = Path(trainer.args.output_dir)
+    if trainer.is_world_process_zero():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / RECIPE_FILE, resolved_recipe(trainer, data, recipe, arguments))
+    result = trainer.train(resume_from_checkpoint=resume_argument(trainer.args))
+    trainer.save_model()
+    results = {
+        "validation": _metrics(trainer, data.validation, "validation"),
+        "test": _metrics(trainer, data.test, "test"),
+        "num_parameters": sum(p.numel() for p in trainer.student.parameters()),
+        "num_train_images": len(data.train),
+        "train_steps": trainer.state.global_step,
+        "train_seconds": result.metrics["train_runtime"],
+        "seed": trainer.args.seed,
+    }
+    if (accuracy := getattr(trainer, "teacher_accuracy", None)) is not None:
+        results["teacher_validation_accuracy"] = accuracy
+    if trainer.is_world_process_zero():
+        write_json(folder / HISTORY_FILE, trainer.state.log_history)
+        write_json(folder / EVALUATION_FILE, results)
+        print(f"test accuracy {results['test']['accuracy']:.4f}; the student and its results are in {folder}")
+    return results
+
+
+def _metrics(trainer: SupervisedTrainer, split: Any, name: str) -> dict[str, float]:
+    found = trainer.evaluate(split, metric_key_prefix=name)
+    kept = {k.removeprefix(f"{name}_"): v for k, v in found.items() if k.startswith(f"{name}_")}
+    return {k: v for k, v in kept.items() if not k.endswith(("_per_second", "runtime"))} | {"num_images": len(split)}
+
+
+def resolved_recipe(
+    trainer: SupervisedTrainer, data: ImageData, recipe: Path, arguments: tuple[Any, ...]
+) -> dict[str, Any]:
+    """Every key with its value, what names resolved to, and where the run happens."""
+    keys: dict[str, Any] = {}
+    for instance in arguments:
+        own = instance.to_dict() if isinstance(instance, TrainingArguments) else vars(instance)
+        keys |= {f.name: own.get(f.name) for f in fields(instance) if not f.name.endswith("_token")}
+    teacher = getattr(trainer, "teacher", None)
+    resolved: dict[str, Any] = {
+        "recipe": str(recipe),
+        "keys": keys,
+        "dataset": {"name": data.name, "revision": data.revision, "label_names": data.label_names}
+        | {split: len(getattr(data, split)) for split in ("train", "validation", "test")},
+        "teacher": None if teacher is None else {"name": teacher.name, "revision": teacher.revision},
+        "environment": environment(trainer.args),
+    }
+    return resolved
+
+
+def environment(args: TrainingArguments) -> dict[str, Any]:
+    """Versions, commit and hardware of this run."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and args.device.type == "cuda" else None
+    return {
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        "commit": commit.stdout.strip() or None,
+        "device": gpu or _cpu_name(),
+        "cpu_threads": torch.get_num_threads(),
+        "num_processes": args.world_size,
+        "mixed_precision": args.mixed_precision,
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never a part of it."""
+    staged = path.with_suffix(".tmp")
+    staged.write_text(json.dumps(content, indent=2, default=str) + "\n", "utf-8")
+    staged.replace(path)

@@ -1,0 +1,149 @@
+"""A batch of stored images -> what student and teacher see of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from hf_ihb.arguments import AugmentationArguments
+from hf_ihb.functional import augment
+from hf_ihb.functional.random import counter_integers, counter_uniforms
+
+
+class Stream(IntEnum):
+    """Purposes of random numbers; each draws from its own sequence, so adding one leaves the others alone."""
+
+    GEOMETRY = 0
+    CUTOUT = 1
+    MIX_PARTNER = 2
+    MIX = 3
+
+
+@dataclass
+class Views:
+    """A batch in [0, 1].
+
+    Attributes:
+        stored: ``(B, C, H, W)`` images as they are stored.
+        augmented: ``(B, C, H, W)`` images the student sees.
+        affine: ``(B, 2, 3)`` from augmented to stored coordinates.
+        own_share: ``(B,)`` share of the own image, 1 where it is not mixed.
+        partner_labels: ``(B,)`` labels of the mixing partners; None without mixing.
+    """
+
+    stored: Tensor
+    augmented: Tensor
+    affine: Tensor
+    own_share: Tensor
+    partner_labels: Tensor | None = None
+
+    @property
+    def unmixed(self) -> Tensor:
+        """``(B,)`` float, 1 where the image shows itself alone."""
+        return (self.own_share == 1).float()
+
+
+def as_float(images: Tensor) -> Tensor:
+    """uint8 in [0, 255] -> float32 in [0, 1]."""
+    return images.float() / 255
+
+
+class Augmenter:
+    """Augments image k of epoch e as a function of (seed, e, k) alone.
+
+    Args:
+        args: What to do.
+        seed: Run seed.
+        fill: Mean colour in [0, 1], one value a channel; what cutout leaves behind.
+        fetch: Positions of training images -> (uint8 images ``(B, C, H, W)``, labels ``(B,)``); mixing partners come
+            from the whole split, so a batch's composition does not matter.
+        num_images: Size of the training split.
+    """
+
+    def __init__(
+        self,
+        args: AugmentationArguments,
+        seed: int,
+        fill: tuple[float, ...],
+        fetch: Callable[[Tensor], tuple[Tensor, Tensor]],
+        num_images: int,
+    ) -> None:
+        self.args, self.seed, self.fill = args, seed, torch.tensor(fill)
+        self.fetch, self.num_images = fetch, num_images
+
+    def __call__(self, images: Tensor, index: Tensor, epoch: int) -> Views:
+        """Augments a batch.
+
+        Args:
+            images: ``(B, C, H, W)`` uint8.
+            index: ``(B,)`` position of each image in the training split.
+            epoch: Epoch number, >= 0.
+        """
+        augmented, affine = self._one(images, index, epoch)
+        views = Views(as_float(images), augmented, affine, torch.ones(len(images), device=images.device))
+        return self._mix(views, index, epoch) if self.args.mixes else views
+
+    def _one(self, images: Tensor, index: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        args, (height, width) = self.args, images.shape[-2:]
+        affine = augment.identity_affine(len(images), images.device)
+        if args.random_crop_padding or args.horizontal_flip:
+            u = counter_uniforms(self.seed, epoch, index, Stream.GEOMETRY, 3)
+            offsets = (u[:, :2] * (2 * args.random_crop_padding + 1)).long()
+            flip = u[:, 2] < args.horizontal_flip
+            images, affine = augment.crop_flip(images, offsets[:, 0], offsets[:, 1], flip, args.random_crop_padding)
+        augmented = as_float(images)
+        if args.cutout_size:
+            u = counter_uniforms(self.seed, epoch, index, Stream.CUTOUT, 2)
+            y, x = (u[:, 0] * height).long(), (u[:, 1] * width).long()
+            augmented = augment.cutout(augmented, y, x, args.cutout_size, self.fill)
+        return augmented, affine
+
+    def _mix(self, views: Views, index: Tensor, epoch: int) -> Views:
+        args, (height, width) = self.args, views.augmented.shape[-2:]
+        partner = counter_integers(self.seed, epoch, index, Stream.MIX_PARTNER, self.num_images)
+        images, labels = self.fetch(partner)
+        other, _ = self._one(images, partner, epoch)
+
+        u = counter_uniforms(self.seed, epoch, index, Stream.MIX, 5)
+        both = args.mixup_alpha > 0 and args.cutmix_alpha > 0
+        cuts = u[:, 1] < (args.mix_switch_probability if both else float(args.cutmix_alpha > 0))
+        share = torch.ones_like(u[:, 0])
+        weight = share[:, None, None, None].expand(-1, 1, height, width)
+        if args.mixup_alpha > 0:
+            share = augment.beta_from_uniform(u[:, 2], args.mixup_alpha)
+            weight = share[:, None, None, None].expand(-1, 1, height, width)
+        if args.cutmix_alpha > 0:
+            y, x = (u[:, 3] * height).long(), (u[:, 4] * width).long()
+            lam = augment.beta_from_uniform(u[:, 2], args.cutmix_alpha)
+            box_weight, box_share = augment.cutmix_weight(lam, y, x, height, width)
+            weight = torch.where(cuts[:, None, None, None], box_weight, weight)
+            share = torch.where(cuts, box_share, share)
+        mixed = u[:, 0] < args.mix_probability
+        weight = torch.where(mixed[:, None, None, None], weight, 1.0)
+        views.own_share = torch.where(mixed, share, 1.0)
+        views.augmented = augment.mix(views.augmented, other, weight)
+        views.partner_labels = labels
+        return views
+
+
+def class_targets(labels: Tensor, num_labels: int, smoothing: float, views: Views | None) -> Tensor:
+    """Class probabilities of a batch: smoothed first, then mixed like the images.
+
+    Args:
+        labels: ``(B,)`` hard labels, or ``(B, K)`` probabilities, which are taken as they are.
+        num_labels: Number of classes K.
+        smoothing: Label smoothing in [0, 1).
+        views: The batch's views; None for images made elsewhere.
+
+    Returns:
+        ``(B, K)`` float32, rows sum to 1.
+    """
+    if labels.ndim == 2:
+        return labels.float()
+    targets = augment.smoothed_one_hot(labels, num_labels, smoothing)
+    if views is None or views.partner_labels is None:
+        return targets
+    partners = augment.smoothed_one_hot(views.partner_labels, num_labels, smoothing)
+    return augment.mix(targets, partners, views.own_share[:, None])

@@ -1,0 +1,45 @@
+"""Train an image classifier on labels: a CNN teacher, or a student without a teacher (the matched control).
+
+accelerate launch scripts/train.py recipes/resnet18.json [--seed 1] [--num_train_epochs 30]
+"""
+
+from transformers import set_seed
+
+from hf_ihb.arguments import (
+    AugmentationArguments,
+    DataArguments,
+    ModelArguments,
+    RunArguments,
+    SupervisedTrainingArguments,
+)
+from hf_ihb.data import load_image_data
+from hf_ihb.models.student import build_student
+from hf_ihb.recipe import parse_recipe, recipe_path
+from hf_ihb.run import open_run, run_script, run_training
+from hf_ihb.trainer import SupervisedTrainer
+
+ARGUMENTS = (RunArguments, DataArguments, AugmentationArguments, ModelArguments, SupervisedTrainingArguments)
+
+
+def main(argv: list[str]) -> None:
+    """Recipe -> run folder."""
+    parsed = parse_recipe(argv, *ARGUMENTS, description=__doc__)
+    run_args, data_args, augmentation, model_args, args = parsed
+    open_run(args, run_args)
+
+    set_seed(args.seed)
+    data = load_image_data(data_args)
+    model, processor = build_student(model_args, data.label_names, data.image_size, *data.train.statistics())
+    trainer = SupervisedTrainer(
+        model,
+        args,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        processing_class=processor,
+        augmentation=augmentation,
+    )
+    run_training(trainer, data, recipe_path(argv), parsed)
+
+
+if __name__ == "__main__":
+    run_script(main)
