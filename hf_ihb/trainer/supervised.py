@@ -1,4 +1,4 @@
-"""Trainers: supervised, and distillation by logits or by structure, each a `transformers.Trainer`."""
+"""Training on labels, and what every trainer here shares: views, logging, evaluation, strict checkpoints."""
 
 import contextlib
 import inspect
@@ -11,27 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
 from hf_ihb.arguments import (
     AugmentationArguments,
-    DistillationTrainingArguments,
-    LogitDistillationTrainingArguments,
-    StructuralDistillationTrainingArguments,
     SupervisedTrainingArguments,
 )
 from hf_ihb.checkpoint import load_module, newest_checkpoint, save_module
 from hf_ihb.data import collate_images
-from hf_ihb.errors import CheckpointError, DataError, NumericsError, RecipeError, TeacherMismatchError
-from hf_ihb.functional.augment import identity_affine
-from hf_ihb.functional.tokens import resample_tokens
-from hf_ihb.losses import TokenPair, logit_distillation_loss, structural_losses, task_loss, warmup_factor
-from hf_ihb.models.features import FeatureMap, extract_features
+from hf_ihb.errors import CheckpointError, DataError, NumericsError
+from hf_ihb.losses import task_loss
 from hf_ihb.models.processing import pixel_format
 from hf_ihb.models.student import TOKEN_PARAMETERS, StudentModule, StudentOutput, input_size
-from hf_ihb.models.teacher import Teacher
 from hf_ihb.views import Augmenter, Views, as_float, class_targets
 
 
@@ -113,6 +105,7 @@ class SupervisedTrainer(Trainer):
             }  # fmt: skip
         self._metric_sums: dict[str, list[float]] = {}
         self._reset_window()
+        self._quiet = self.args.disable_tqdm or not self.is_world_process_zero()
         self.add_callback(_Hooks(self))
 
     @property
@@ -121,8 +114,6 @@ class SupervisedTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model).student
 
     def _module(self, student: PreTrainedModel, args: TrainingArguments) -> StudentModule:
-        if isinstance(student, StudentModule):
-            return student
         if not isinstance(student, PreTrainedModel):
             raise TypeError(f"expected an image classifier of transformers, got {type(student).__name__}")
         size = input_size(student) or (self._pixels.size if self._pixels else None)
@@ -167,15 +158,13 @@ class SupervisedTrainer(Trainer):
         """Training: the weighted losses. Evaluation: unsmoothed cross-entropy of the logits that inference returns."""
         pixel_values, views = self._student_view(inputs, train=model.training)
         outputs: StudentOutput = model(pixel_values=pixel_values)
-        labels = inputs.get("labels")
+        labels, num_labels = inputs.get("labels"), outputs.logits.shape[1]
         if not model.training:
-            loss = (
-                None
-                if labels is None
-                else task_loss([outputs.logits], class_targets(labels, outputs.logits.shape[1], 0, None))
-            )
+            loss = None
+            if labels is not None:
+                loss = task_loss([outputs.logits], class_targets(labels, num_labels, 0, None))
             return (loss, self._evaluation_outputs(outputs, inputs)) if return_outputs else loss
-        targets = class_targets(labels, outputs.logits.shape[1], self.args.label_smoothing_factor, views)
+        targets = class_targets(labels, num_labels, self.args.label_smoothing_factor, views)
         loss, components = self.training_losses(outputs, targets, inputs, views)
         self._record(loss, components)
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
@@ -240,8 +229,8 @@ class SupervisedTrainer(Trainer):
         if not self._finite:
             parts = ", ".join(f"{k} {float(v) / self._component_count:.4g}" for k, v in self._component_sums.items())
             raise NumericsError(
-                f"step {self.state.global_step + 1}: expected a finite loss, found NaN or Inf (means since the last log: "
-                f"{parts}); the last checkpoint in {self.args.output_dir} is good"
+                f"step {self.state.global_step + 1}: expected a finite loss, found NaN or Inf (means since the last "
+                f"log: {parts}); the last checkpoint in {self.args.output_dir} is good"
             )
 
     def _reset_window(self) -> None:
@@ -267,6 +256,16 @@ class SupervisedTrainer(Trainer):
         names = super().get_decay_parameter_names(model)
         return [n for n in names if shapes.get(n, 2) > 1 and n.rsplit(".", 1)[-1] not in TOKEN_PARAMETERS]
 
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
+        """As `Trainer.get_optimizer_cls_and_kwargs`; ``optim_args`` reach SGD too (``momentum=0.9,nesterov=true``)."""
+        optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if optimizer is torch.optim.SGD and args.optim_args:
+            given = dict(pair.split("=") for pair in args.optim_args.replace(" ", "").split(","))
+            nesterov = given.pop("nesterov", "false").lower() == "true"
+            kwargs |= {"nesterov": nesterov, **{name: float(value) for name, value in given.items()}}
+        return optimizer, kwargs
+
     # ---- Data ----
 
     def get_train_dataloader(self) -> DataLoader:
@@ -277,10 +276,8 @@ class SupervisedTrainer(Trainer):
         """
         loader = super().get_train_dataloader()
         if hasattr(self.train_dataset, "__len__") and len(loader) == 0:
-            raise DataError(
-                f"0 steps: {len(self.train_dataset)} training images do not fill one batch of "
-                f"{self._train_batch_size * self.args.world_size} (dataloader_drop_last={self.args.dataloader_drop_last})"
-            )
+            batch = self._train_batch_size * self.args.world_size
+            raise DataError(f"0 steps: {len(self.train_dataset)} training images do not fill one batch of {batch}")
         return loader
 
     @contextlib.contextmanager
@@ -369,291 +366,3 @@ class SupervisedTrainer(Trainer):
             super()._load_best_model()
         else:
             load_module(self.accelerator.unwrap_model(self.model), Path(self.state.best_model_checkpoint))
-
-
-class DistillationTrainer(SupervisedTrainer):
-    """Base of the distillation trainers: owns the frozen teacher and what it sees.
-
-    Args:
-        teacher_model: A `Teacher`, or a model of transformers, which is frozen in place.
-        teacher_processor: The image processor of a `teacher_model` that is not a `Teacher`; needed for stored images.
-        **kwargs: As in `SupervisedTrainer`. A batch of the user's own may bring ``teacher_pixel_values``; otherwise
-            the teacher sees its ``pixel_values``.
-    """
-
-    arguments_class = DistillationTrainingArguments
-    needs_logits = False
-
-    def __init__(
-        self,
-        model: PreTrainedModel | None = None,
-        args: TrainingArguments | None = None,
-        *positional: Any,
-        teacher_model: Teacher | PreTrainedModel,
-        teacher_processor: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        if not isinstance(teacher_model, Teacher):
-            names = list(model.config.id2label.values()) if self.needs_logits and model is not None else None
-            pixels = None if teacher_processor is None else pixel_format(teacher_processor)
-            teacher_model = Teacher(teacher_model, pixels, names)
-        self.teacher = teacher_model
-        super().__init__(model, args, *positional, **kwargs)
-        self.teacher.to(self.args.device)
-        self._teacher_decisions: dict[int, tuple[Dataset, Tensor]] = {}
-
-    def _teacher_pixels(self, inputs: dict[str, Any], views: Views | None) -> Tensor:
-        """What the teacher sees of a training batch, normalised."""
-        if "teacher_pixel_values" in inputs:
-            return inputs["teacher_pixel_values"]
-        if views is None:
-            images = inputs["pixel_values"]
-            return self.teacher.prepare(as_float(images)) if images.dtype == torch.uint8 else images
-        return self.teacher.prepare(views.augmented if self.args.teacher_view == "identical" else views.stored)
-
-
-class LogitDistillationTrainer(DistillationTrainer):
-    """Distillation by class scores: cross-entropy on the cls head, the teacher on the distillation head.
-
-    ``loss = (1 - alpha) * CE(cls, labels) + alpha * KD(distillation, teacher)``. A student with one head gets both on
-    its `logits`. Before training the teacher is scored on the evaluation set (on training images if there is none);
-    at chance it is refused.
-
-    References:
-        Hinton et al., 2015, https://arxiv.org/abs/1503.02531; Touvron et al., 2021, https://arxiv.org/abs/2012.12877
-    """
-
-    arguments_class = LogitDistillationTrainingArguments
-    needs_logits = True
-    _SCORED_TRAINING_IMAGES = 1000
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `SupervisedTrainer.train`.
-
-        Raises:
-            TeacherMismatchError: If the teacher's accuracy is at chance.
-        """
-        if self.args.teacher_view == "clean" and self.augmentation.mixes:
-            raise RecipeError(
-                "keys 'teacher_view' and 'mixup_alpha'/'cutmix_alpha' contradict: a clean view is not mixed"
-            )
-        self.teacher_accuracy = self.score_teacher()
-        return super().train(*args, **kwargs)
-
-    def _begin_training(self) -> None:
-        super()._begin_training()
-        if not any("teacher_accuracy" in entry for entry in self.state.log_history):
-            self.log({"teacher_accuracy": self.teacher_accuracy})
-
-    def score_teacher(self) -> float:
-        """Accuracy of the teacher on the evaluation set.
-
-        Raises:
-            TeacherMismatchError: If it is not above chance by three standard errors.
-        """
-        if self.eval_dataset is not None:
-            datasets = self.eval_dataset
-            loader = self.get_eval_dataloader(next(iter(datasets.values())) if isinstance(datasets, dict) else None)
-        else:
-            loader = self.get_eval_dataloader(_spread(self.train_dataset, self._SCORED_TRAINING_IMAGES))
-        correct, count = 0, 0
-        bar = tqdm(
-            loader, desc="Scoring the teacher", disable=self.args.disable_tqdm or not self.is_world_process_zero()
-        )
-        self._eval_dataset = loader.dataset
-        for inputs in bar:
-            inputs = self._prepare_inputs(inputs)
-            labels = inputs["labels"].argmax(-1) if inputs["labels"].ndim == 2 else inputs["labels"]
-            hits = self.accelerator.gather_for_metrics(self._teacher_decision(inputs) == labels)
-            correct, count = correct + int(hits.sum()), count + len(hits)
-        num_labels = self.student.config.num_labels
-        accuracy, chance = correct / count, 1 / num_labels
-        if accuracy <= chance + 3 * (chance * (1 - chance) / count) ** 0.5:
-            raise TeacherMismatchError(
-                f"teacher '{self.teacher.name}': expected an accuracy above chance ({chance:.3f}), found {accuracy:.3f} on "
-                f"{count} images; its labels are probably in another order, or its images normalised in another way"
-            )
-        return accuracy
-
-    def _teacher_decision(self, inputs: dict[str, Any]) -> Tensor:
-        """``(B,)`` the teacher's classes for an evaluation batch; asked once for each stored image."""
-        index = inputs.get("index")
-        if index is None or inputs["pixel_values"].dtype != torch.uint8 or not hasattr(self._eval_dataset, "images"):
-            return self._teacher_logits(inputs, None).argmax(-1)
-        dataset = self._eval_dataset
-        unknown = torch.full((len(dataset),), -1, device=index.device)
-        _, known = self._teacher_decisions.setdefault(id(dataset), (dataset, unknown))
-        if (known[index] < 0).any():
-            known[index] = self._teacher_logits(inputs, None).argmax(-1)
-        return known[index]
-
-    def _teacher_logits(self, inputs: dict[str, Any], views: Views | None) -> Tensor:
-        with torch.no_grad(), self.accelerator.autocast():
-            return self.teacher.logits(self._teacher_pixels(inputs, views))
-
-    def _evaluation_outputs(self, outputs: StudentOutput, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        agreement = (outputs.logits.argmax(-1) == self._teacher_decision(inputs)).float()
-        return super()._evaluation_outputs(outputs, inputs) | {"teacher_agreement": agreement}
-
-    def training_losses(
-        self, outputs: StudentOutput, targets: Tensor, inputs: dict[str, Any], views: Views | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See the class."""
-        args, distilled = self.args, outputs.heads[-1]
-        teacher = self._teacher_logits(inputs, views)
-        task = self._task_loss(outputs.heads[:1], outputs, targets, inputs)
-        kd = logit_distillation_loss(distilled, teacher, args.distillation_type, args.temperature)
-        factor = warmup_factor(self._epoch, args.distillation_warmup_epochs, args.distillation_warmup_type)
-        alpha = args.alpha * factor
-        agreement = (distilled.detach().argmax(-1) == teacher.argmax(-1)).float().mean()
-        return (1 - alpha) * task + alpha * kd, {"task_loss": task, "kd_loss": kd, "teacher_agreement": agreement}
-
-
-class StructuralDistillationTrainer(DistillationTrainer):
-    """Distillation by the structure of features: CKA, Gram and token losses between chosen blocks.
-
-    ``loss = w_task * CE + w_cka * (1 - CKA) + w_gram * Gram distance + w_token * (1 - cosine)``, each a mean over
-    layers. Nothing trainable stands on the teacher's side; CKA and Gram use no projection at all. Every head that is
-    averaged at inference is trained on the labels.
-
-    Under the ``shared`` view the teacher sees the stored image and its tokens are resampled by the student's crop and
-    flip; images that were mixed with another take no part in the structural losses then.
-    """
-
-    arguments_class = StructuralDistillationTrainingArguments
-
-    def _module(self, student: PreTrainedModel, args: TrainingArguments) -> StudentModule:
-        super()._module(student, args)
-        self._teacher_layers = args.teacher_layers or args.student_layers
-        students, teachers = self._probe(student, args)
-        self._grids = [m.grid for m in students]
-        self._statistics: list[tuple[Tensor, Tensor]] | None = None
-        projections = []
-        if args.token_weight > 0:
-            # a stream of its own: the student's initialisation must not depend on the losses that are on
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(args.seed)
-                projections = [
-                    nn.Linear(s.tokens.shape[-1], t.tokens.shape[-1]) for s, t in zip(students, teachers, strict=True)
-                ]
-        return StudentModule(student, args.student_layers, projections)
-
-    @torch.no_grad()
-    def _probe(self, student: PreTrainedModel, args: TrainingArguments) -> tuple[list[FeatureMap], list[FeatureMap]]:
-        """Feature maps of both models for one image: widths and grids, and whether the layers exist."""
-        dataset, collate = self._probe_source
-        if dataset is None:
-            raise DataError(
-                "structural distillation: expected a train or eval dataset to read the image size off, found none"
-            )
-        dataset = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
-        batch = collate([dataset[0]])
-        device = next(student.parameters()).device
-        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        pixel_values, _ = self._student_view(batch, train=False)
-        training, _ = student.training, student.eval()
-        try:
-            _, students = extract_features(student, pixel_values, args.student_layers)
-        except ValueError as error:
-            raise RecipeError(f"key 'student_layers': {error}") from error
-        finally:
-            student.train(training)
-        teacher_pixels = self._teacher_pixels(batch, None).to(self.teacher.model.device)
-        return students, self.teacher.features(teacher_pixels, self._teacher_layers, args.teacher_norm)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `SupervisedTrainer.train`; takes the teacher's feature statistics first where a loss needs them."""
-        if self.args.token_weight > 0 or self.args.center_positions:
-            self._statistics = self._teacher_statistics()
-        return super().train(*args, **kwargs)
-
-    @torch.no_grad()
-    def _teacher_statistics(self) -> list[tuple[Tensor, Tensor]]:
-        """For each layer the mean token of each position ``(N, D)`` and the standard deviation of each channel ``(D,)``."""
-        subset = _spread(self.train_dataset, self.args.teacher_statistics_samples)
-        loader = DataLoader(subset, self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
-        sums: list[list[Tensor]] = []
-        count = 0
-        for inputs in tqdm(
-            loader, desc="Teacher statistics", disable=self.args.disable_tqdm or not self.is_world_process_zero()
-        ):
-            inputs = self._prepare_inputs(inputs)
-            tokens = [m.patch_tokens.double() for m in self._teacher_features(inputs, None)]
-            batch = [[t.sum(0), t.square().sum(0)] for t in tokens]
-            sums = (
-                batch
-                if not sums
-                else [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums, batch, strict=True)]
-            )
-            count += len(tokens[0])
-        statistics = []
-        for first, second in sums:
-            mean = first / count
-            variance = (second / count - mean.square()).clamp_min(0).mean(dim=0)
-            # a channel that never varies must not be divided by its rounding noise
-            floor = 1e-6 * variance.max().sqrt().clamp_min(1e-12)
-            statistics.append((mean.float(), variance.sqrt().clamp_min(floor).float()))
-        return statistics
-
-    def _teacher_features(self, inputs: dict[str, Any], views: Views | None) -> list[FeatureMap]:
-        pixels = self._teacher_pixels(inputs, views)
-        with torch.no_grad(), self.accelerator.autocast():
-            maps = self.teacher.features(pixels, self._teacher_layers, self.args.teacher_norm)
-        return [m._replace(tokens=m.tokens.float()) for m in maps]
-
-    def _pairs(self, outputs: StudentOutput, inputs: dict[str, Any], views: Views | None) -> list[TokenPair]:
-        """Student and teacher tokens of each layer, looking at the same places."""
-        affine = views.affine if views is not None and self.args.teacher_view == "shared" else None
-        if affine is None:
-            affine = identity_affine(len(outputs.logits), outputs.logits.device)
-        pairs = []
-        for layer, feature_map in enumerate(self._teacher_features(inputs, views)):
-            tokens, grid, standardized = feature_map.patch_tokens, feature_map.grid, None
-            if self._statistics is not None:
-                mean, std = self._statistics[layer]
-                centered, mask = resample_tokens(tokens - mean, grid, affine, self._grids[layer])
-                standardized = centered / std
-            if self.args.center_positions:
-                tokens = centered
-            else:
-                tokens, mask = resample_tokens(tokens, grid, affine, self._grids[layer])
-            projected = outputs.projected[layer] if outputs.projected is not None else None
-            pairs.append(TokenPair(outputs.features[layer], tokens, mask, projected, standardized))
-        return pairs
-
-    def training_losses(
-        self, outputs: StudentOutput, targets: Tensor, inputs: dict[str, Any], views: Views | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See the class."""
-        args = self.args
-        task = self._task_loss(outputs.heads, outputs, targets, inputs)
-        weight = torch.ones(len(targets), device=targets.device)
-        if views is not None and args.teacher_view != "identical":
-            weight = views.unmixed
-        losses = structural_losses(
-            self._pairs(outputs, inputs, views),
-            weight,
-            cka=args.cka_weight > 0,
-            gram=args.gram_weight > 0,
-            token=args.token_weight > 0,
-            cka_scope=args.cka_scope,
-            cka_estimator=args.cka_estimator,
-            center=args.center_positions,
-        )
-        loss = args.task_loss_weight * task
-        for name in ("cka", "gram", "token"):
-            if f"{name}_loss" in losses:
-                warmup = warmup_factor(
-                    self._epoch, getattr(args, f"{name}_warmup_epochs"), args.distillation_warmup_type
-                )
-                # a zero weight multiplies, so that every parameter has a gradient
-                loss = loss + getattr(args, f"{name}_weight") * warmup * losses[f"{name}_loss"]
-        return loss, {"task_loss": task, **losses}
-
-
-def _spread(dataset: Dataset, count: int) -> Dataset:
-    """`count` items at even distances, so that a set sorted by class is not cut to its first classes."""
-    if not hasattr(dataset, "__len__"):
-        raise DataError("expected a training set with a length, to score the teacher or take its statistics from it")
-    rows = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().unique()
-    return torch.utils.data.Subset(dataset, rows.tolist())

@@ -1,0 +1,64 @@
+"""What every distillation trainer shares: the frozen teacher and what it sees."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+from transformers import PreTrainedModel, TrainingArguments
+
+from hf_ihb.arguments import DistillationTrainingArguments
+from hf_ihb.errors import DataError
+from hf_ihb.models.processing import pixel_format
+from hf_ihb.models.teacher import Teacher
+from hf_ihb.trainer.supervised import SupervisedTrainer
+from hf_ihb.views import Views, as_float
+
+
+class DistillationTrainer(SupervisedTrainer):
+    """Base of the distillation trainers: owns the frozen teacher and what it sees.
+
+    Args:
+        teacher_model: A `Teacher`, or a model of transformers, which is frozen in place.
+        teacher_processor: The image processor of a `teacher_model` that is not a `Teacher`; needed for stored images.
+        **kwargs: As in `SupervisedTrainer`. A batch of the user's own may bring ``teacher_pixel_values``; otherwise
+            the teacher sees its ``pixel_values``.
+    """
+
+    arguments_class = DistillationTrainingArguments
+    needs_logits = False
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: TrainingArguments | None = None,
+        *positional: Any,
+        teacher_model: Teacher | PreTrainedModel,
+        teacher_processor: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(teacher_model, Teacher):
+            names = list(model.config.id2label.values()) if self.needs_logits and model is not None else None
+            pixels = None if teacher_processor is None else pixel_format(teacher_processor)
+            teacher_model = Teacher(teacher_model, pixels, names)
+        self.teacher = teacher_model
+        super().__init__(model, args, *positional, **kwargs)
+        self.teacher.to(self.args.device)
+        self._teacher_decisions: dict[int, tuple[Dataset, Tensor]] = {}
+
+    def _teacher_pixels(self, inputs: dict[str, Any], views: Views | None) -> Tensor:
+        """What the teacher sees of a training batch, normalised."""
+        if "teacher_pixel_values" in inputs:
+            return inputs["teacher_pixel_values"]
+        if views is None:
+            images = inputs["pixel_values"]
+            return self.teacher.prepare(as_float(images)) if images.dtype == torch.uint8 else images
+        return self.teacher.prepare(views.augmented if self.args.teacher_view == "identical" else views.stored)
+
+
+def spread(dataset: Dataset, count: int) -> Dataset:
+    """`count` items at even distances, so that a set sorted by class is not cut to its first classes."""
+    if not hasattr(dataset, "__len__"):
+        raise DataError("expected a training set with a length, to score the teacher or take its statistics from it")
+    rows = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().unique()
+    return Subset(dataset, rows.tolist())

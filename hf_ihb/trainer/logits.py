@@ -1,0 +1,109 @@
+"""Distillation by class scores."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_ihb.arguments import LogitDistillationTrainingArguments
+from hf_ihb.errors import RecipeError, TeacherMismatchError
+from hf_ihb.losses import logit_distillation_loss, warmup_factor
+from hf_ihb.models.student import StudentOutput
+from hf_ihb.trainer.distillation import DistillationTrainer, spread
+from hf_ihb.views import Views
+
+
+class LogitDistillationTrainer(DistillationTrainer):
+    """Distillation by class scores: cross-entropy on the cls head, the teacher on the distillation head.
+
+    ``loss = (1 - alpha) * CE(cls, labels) + alpha * KD(distillation, teacher)``. A student with one head gets both on
+    its `logits`. Before training the teacher is scored on the evaluation set (on training images if there is none);
+    at chance it is refused.
+
+    References:
+        Hinton et al., 2015, https://arxiv.org/abs/1503.02531; Touvron et al., 2021, https://arxiv.org/abs/2012.12877
+    """
+
+    arguments_class = LogitDistillationTrainingArguments
+    needs_logits = True
+    _SCORED_TRAINING_IMAGES = 1000
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `SupervisedTrainer.train`.
+
+        Raises:
+            TeacherMismatchError: If the teacher's accuracy is at chance.
+        """
+        if self.args.teacher_view == "clean" and self.augmentation.mixes:
+            raise RecipeError(
+                "keys 'teacher_view' and 'mixup_alpha'/'cutmix_alpha' contradict: a clean view is not mixed"
+            )
+        self.teacher_accuracy = self.score_teacher()
+        return super().train(*args, **kwargs)
+
+    def _begin_training(self) -> None:
+        super()._begin_training()
+        if not any("teacher_accuracy" in entry for entry in self.state.log_history):
+            self.log({"teacher_accuracy": self.teacher_accuracy})
+
+    def score_teacher(self) -> float:
+        """Accuracy of the teacher on the evaluation set.
+
+        Raises:
+            TeacherMismatchError: If it is not above chance by three standard errors.
+        """
+        if self.eval_dataset is not None:
+            datasets = self.eval_dataset
+            loader = self.get_eval_dataloader(next(iter(datasets.values())) if isinstance(datasets, dict) else None)
+        else:
+            loader = self.get_eval_dataloader(spread(self.train_dataset, self._SCORED_TRAINING_IMAGES))
+        correct, count = 0, 0
+        bar = tqdm(loader, desc="Scoring the teacher", disable=self._quiet)
+        self._eval_dataset = loader.dataset
+        for inputs in bar:
+            inputs = self._prepare_inputs(inputs)
+            labels = inputs["labels"].argmax(-1) if inputs["labels"].ndim == 2 else inputs["labels"]
+            hits = self.accelerator.gather_for_metrics(self._teacher_decision(inputs) == labels)
+            correct, count = correct + int(hits.sum()), count + len(hits)
+        num_labels = self.student.config.num_labels
+        accuracy, chance = correct / count, 1 / num_labels
+        if accuracy <= chance + 3 * (chance * (1 - chance) / count) ** 0.5:
+            raise TeacherMismatchError(
+                f"teacher '{self.teacher.name}': expected accuracy above chance, {chance:.3f}, found {accuracy:.3f} "
+                f"on {count} images; its labels are probably in another order, or it wants other pixels"
+            )
+        return accuracy
+
+    def _teacher_decision(self, inputs: dict[str, Any]) -> Tensor:
+        """``(B,)`` the teacher's classes for an evaluation batch; asked once for each stored image."""
+        index = inputs.get("index")
+        if index is None or inputs["pixel_values"].dtype != torch.uint8 or not hasattr(self._eval_dataset, "images"):
+            return self._teacher_logits(inputs, None).argmax(-1)
+        dataset = self._eval_dataset
+        unknown = torch.full((len(dataset),), -1, device=index.device)
+        _, known = self._teacher_decisions.setdefault(id(dataset), (dataset, unknown))
+        if (known[index] < 0).any():
+            known[index] = self._teacher_logits(inputs, None).argmax(-1)
+        return known[index]
+
+    def _teacher_logits(self, inputs: dict[str, Any], views: Views | None) -> Tensor:
+        with torch.no_grad(), self.accelerator.autocast():
+            return self.teacher.logits(self._teacher_pixels(inputs, views))
+
+    def _evaluation_outputs(self, outputs: StudentOutput, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        agreement = (outputs.logits.argmax(-1) == self._teacher_decision(inputs)).float()
+        return super()._evaluation_outputs(outputs, inputs) | {"teacher_agreement": agreement}
+
+    def training_losses(
+        self, outputs: StudentOutput, targets: Tensor, inputs: dict[str, Any], views: Views | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See the class."""
+        args, distilled = self.args, outputs.heads[-1]
+        teacher = self._teacher_logits(inputs, views)
+        task = self._task_loss(outputs.heads[:1], outputs, targets, inputs)
+        kd = logit_distillation_loss(distilled, teacher, args.distillation_type, args.temperature)
+        factor = warmup_factor(self._epoch, args.distillation_warmup_epochs, args.distillation_warmup_type)
+        alpha = args.alpha * factor
+        agreement = (distilled.detach().argmax(-1) == teacher.argmax(-1)).float().mean()
+        return (1 - alpha) * task + alpha * kd, {"task_loss": task, "kd_loss": kd, "teacher_agreement": agreement}

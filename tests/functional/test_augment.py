@@ -1,0 +1,162 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.stats import beta as beta_distribution
+from torchvision.transforms.v2 import functional as tv
+
+from hf_ihb.functional.augment import (
+    beta_from_uniform,
+    box_mask,
+    crop_flip,
+    cutmix_weight,
+    cutout,
+    identity_affine,
+    mix,
+    smoothed_one_hot,
+)
+
+
+def crop_parameters(generator, batch, padding):
+    top = torch.randint(2 * padding + 1, (batch,), generator=generator)
+    left = torch.randint(2 * padding + 1, (batch,), generator=generator)
+    return top, left, torch.rand(batch, generator=generator) < 0.5
+
+
+def brute_box(y, x, box_height, box_width, height, width):
+    covered = np.zeros((height, width), dtype=bool)
+    for row in range(height):
+        for column in range(width):
+            in_rows = y - box_height // 2 <= row < y + box_height // 2
+            covered[row, column] = in_rows and x - box_width // 2 <= column < x + box_width // 2
+    return torch.from_numpy(covered)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.int64])
+@pytest.mark.parametrize(("height", "width", "padding"), [(8, 8, 2), (32, 32, 4), (5, 9, 3), (4, 6, 0), (3, 3, 7)])
+def test_crop_flip_equals_torchvision_for_each_sample(generator, dtype, height, width, padding):
+    images = torch.randint(1, 256, (24, 3, height, width), generator=generator).to(dtype)
+    top, left, flip = crop_parameters(generator, 24, padding)
+    views, _ = crop_flip(images, top, left, flip, padding)
+    assert views.dtype == dtype
+    for image, view, t, l, mirrored in zip(images, views, top.tolist(), left.tolist(), flip.tolist(), strict=True):  # noqa: E741
+        expected = tv.crop(tv.pad(image, [padding] * 4), t, l, height, width)
+        assert torch.equal(view, tv.horizontal_flip(expected) if mirrored else expected)
+
+
+@pytest.mark.parametrize(("height", "width", "padding"), [(8, 8, 2), (32, 32, 4), (6, 10, 3)])
+def test_the_affine_of_crop_flip_resamples_the_same_view(generator, height, width, padding):
+    images = torch.rand(32, 3, height, width, generator=generator, dtype=torch.float64)
+    views, affine = crop_flip(images, *crop_parameters(generator, 32, padding), padding)
+    grid = F.affine_grid(affine.double(), images.shape, align_corners=False)
+    sampled = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    torch.testing.assert_close(sampled, views, rtol=0, atol=1e-5)
+
+
+def test_an_image_that_stays_where_it_is_has_the_identity_affine(generator):
+    images = torch.rand(3, 1, 6, 6, generator=generator)
+    still = torch.full((3,), 2)
+    views, affine = crop_flip(images, still, still, torch.zeros(3, dtype=torch.bool), 2)
+    assert torch.equal(views, images)
+    assert torch.equal(affine, identity_affine(3))
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (5, 11)])
+def test_box_mask_equals_loops_over_pixels(generator, height, width):
+    batch = 40
+    y, x = (torch.randint(n, (batch,), generator=generator) for n in (height, width))
+    tall, wide = (torch.randint(n + 4, (batch,), generator=generator) for n in (height, width))
+    masks = box_mask(y, x, tall, wide, height, width)
+    assert masks.shape == (batch, 1, height, width)
+    for mask, *box in zip(masks[:, 0], *(v.tolist() for v in (y, x, tall, wide)), strict=True):
+        assert torch.equal(mask, brute_box(*box, height, width))
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 5, 8, 40])
+def test_cutout_replaces_exactly_the_clipped_square_by_the_fill(generator, size):
+    images = torch.rand(20, 3, 8, 12, generator=generator)
+    y, x = torch.randint(8, (20,), generator=generator), torch.randint(12, (20,), generator=generator)
+    fill = torch.tensor([2.0, 3.0, 4.0])
+    result = cutout(images, y, x, size, fill)
+    for i in range(20):
+        covered = brute_box(int(y[i]), int(x[i]), size, size, 8, 12)
+        expected = images[i].clone()
+        expected[:, covered] = fill[:, None].expand(-1, int(covered.sum()))
+        assert torch.equal(result[i], expected)
+
+
+def test_an_even_cutout_inside_the_image_covers_its_side_squared():
+    covered = cutout(torch.zeros(1, 1, 9, 9), torch.tensor([4]), torch.tensor([4]), 4, torch.ones(1)).sum()
+    assert covered == 16
+
+
+def test_cutmix_share_is_the_share_of_pixels_that_stay(generator):
+    batch, height, width = 60, 9, 14
+    lam = torch.rand(batch, generator=generator)
+    y, x = torch.randint(height, (batch,), generator=generator), torch.randint(width, (batch,), generator=generator)
+    weight, share = cutmix_weight(lam, y, x, height, width)
+    assert weight.shape == (batch, 1, height, width)
+    for i in range(batch):
+        side = math.sqrt(1 - lam[i].item())
+        pasted = brute_box(int(y[i]), int(x[i]), int(height * side), int(width * side), height, width)
+        assert torch.equal(weight[i, 0], (~pasted).float())
+        assert share[i].item() == pytest.approx(1 - pasted.float().mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(("lam", "share"), [(1.0, 1.0), (0.0, 0.0), (0.75, 0.75)])
+def test_an_unclipped_cutmix_box_has_its_nominal_share(lam, share):
+    middle = torch.tensor([8])
+    assert cutmix_weight(torch.tensor([lam]), middle, middle, 16, 16)[1].item() == share
+
+
+def test_beta_with_alpha_one_is_the_identity():
+    u = torch.arange(0, 1, 1e-4)
+    torch.testing.assert_close(beta_from_uniform(u, 1.0), u, rtol=0, atol=2**-16)
+
+
+def test_beta_with_alpha_one_half_is_the_arcsine_law():
+    u = torch.arange(1e-3, 0.999, 1e-4, dtype=torch.float64)
+    expected = (torch.pi * u / 2).sin().square().float()
+    torch.testing.assert_close(beta_from_uniform(u.float(), 0.5), expected, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0, 4.0])
+def test_beta_has_the_moments_of_its_distribution(alpha):
+    u = (torch.arange(200_000) + 0.5) / 200_000
+    values = beta_from_uniform(u, alpha).double()
+    assert values.min() > 0
+    assert values.max() < 1 or alpha < 0.5  # below, the last quantiles round to 1 in float32
+    for power in (1, 2, 3, 4):
+        expected = beta_distribution(alpha, alpha).moment(power)
+        assert values.pow(power).mean().item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_beta_is_defined_at_the_ends_of_the_unit_interval_and_rises():
+    u = torch.tensor([0.0, 2.0**-24, 0.25, 0.5, 0.75, 1 - 2.0**-24])
+    values = beta_from_uniform(u, 0.8)
+    assert torch.isfinite(values).all()
+    assert (values.diff() >= 0).all()
+    assert values[3].item() == pytest.approx(0.5, abs=1e-4)
+
+
+def test_mix_is_the_convex_combination(generator):
+    first, second = torch.rand(2, 5, 3, 4, 4, generator=generator)
+    weight = torch.tensor([0.0, 0.25, 0.5, 0.9, 1.0])[:, None, None, None]
+    mixed = mix(first, second, weight)
+    assert torch.equal(mixed[0], second[0])
+    assert torch.equal(mixed[4], first[4])
+    expected = weight.numpy() * first.numpy() + (1 - weight.numpy()) * second.numpy()
+    np.testing.assert_allclose(mixed.numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+def test_cross_entropy_of_smoothed_labels_is_that_of_label_smoothing(generator, smoothing):
+    logits = torch.randn(32, 7, generator=generator)
+    labels = torch.randint(7, (32,), generator=generator)
+    targets = smoothed_one_hot(labels, 7, smoothing)
+    torch.testing.assert_close(targets.sum(1), torch.ones(32))
+    torch.testing.assert_close(
+        F.cross_entropy(logits, targets), F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    )

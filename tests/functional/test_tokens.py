@@ -1,0 +1,172 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_ihb.functional.augment import crop_flip, identity_affine
+from hf_ihb.functional.tokens import resample_tokens, resampling_matrix, standardize_tokens, token_cosine_distance
+
+
+def random_affine(generator, batch):
+    return identity_affine(batch) + 0.3 * torch.randn(batch, 2, 3, generator=generator)
+
+
+def crop_parameters(generator, batch, padding, step=1):
+    top, left = step * torch.randint(2 * padding // step + 1, (2, batch), generator=generator)
+    return top, left, torch.rand(batch, generator=generator) < 0.5
+
+
+def as_tokens(maps):
+    return maps.flatten(2).mT
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (4, 4), (8, 8), (16, 16), (2, 8)])
+def test_the_identity_changes_no_bit(generator, grid):
+    tokens = torch.randn(4, grid[0] * grid[1], 6, generator=generator)
+    resampled, inside = resample_tokens(tokens, grid, identity_affine(4))
+    assert torch.equal(resampled, tokens)
+    assert inside.all()
+
+
+@pytest.mark.parametrize("grid", [(7, 7), (3, 5), (14, 14)])
+def test_the_identity_on_a_grid_that_is_no_power_of_two_changes_nothing_but_rounding(generator, grid):
+    tokens = torch.randn(4, grid[0] * grid[1], 6, generator=generator)
+    resampled, inside = resample_tokens(tokens, grid, identity_affine(4))
+    torch.testing.assert_close(resampled, tokens, rtol=0, atol=1e-5)
+    assert inside.all()
+
+
+@pytest.mark.parametrize(
+    ("grid", "output_grid"), [((8, 8), (8, 8)), ((7, 7), (8, 8)), ((4, 6), (5, 9)), ((8, 8), (5, 5))]
+)
+def test_resampling_equals_grid_sample_with_a_repeated_border(generator, grid, output_grid):
+    maps, affine = torch.randn(16, 5, *grid, generator=generator), random_affine(generator, 16)
+    coordinates = F.affine_grid(affine, (16, 5, *output_grid), align_corners=False)
+    expected = F.grid_sample(maps, coordinates, mode="bilinear", padding_mode="border", align_corners=False)
+    resampled, inside = resample_tokens(as_tokens(maps), grid, affine, output_grid)
+    torch.testing.assert_close(resampled, as_tokens(expected), rtol=0, atol=1e-5)
+    assert torch.equal(inside, (coordinates.abs() <= 1 + 1e-6).all(dim=-1).flatten(1))
+
+
+@pytest.mark.parametrize(("grid", "output_grid"), [((16, 16), (8, 8)), ((32, 32), (8, 8)), ((12, 8), (4, 8))])
+def test_a_grid_finer_by_a_whole_factor_is_averaged_over_blocks(generator, grid, output_grid):
+    maps = torch.randn(3, 4, *grid, generator=generator)
+    factors = (grid[0] // output_grid[0], grid[1] // output_grid[1])
+    pooled = F.avg_pool2d(maps, factors)
+    resampled, _ = resample_tokens(as_tokens(maps), grid, identity_affine(3), output_grid)
+    torch.testing.assert_close(resampled, as_tokens(pooled), rtol=0, atol=1e-6)
+    affine = random_affine(generator, 3)
+    moved, _ = resample_tokens(as_tokens(maps), grid, affine, output_grid)
+    torch.testing.assert_close(moved, resample_tokens(as_tokens(pooled), output_grid, affine)[0])
+
+
+def test_bilinear_resampling_to_half_the_grid_is_two_by_two_pooling(generator):
+    maps = torch.randn(3, 4, 16, 16, generator=generator)
+    matrix, _ = resampling_matrix(identity_affine(3), (16, 16), (8, 8))
+    torch.testing.assert_close(matrix @ as_tokens(maps), as_tokens(F.avg_pool2d(maps, 2)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("teacher_grid", [8, 16, 32])
+def test_tokens_of_a_shifted_and_flipped_view_match_the_resampled_tokens(generator, teacher_grid):
+    images, padding = torch.rand(48, 3, 32, 32, generator=generator) + 0.1, 8
+    views, affine = crop_flip(images, *crop_parameters(generator, 48, padding, step=4), padding)
+    student = as_tokens(F.avg_pool2d(views, 4))
+    teacher = as_tokens(F.avg_pool2d(images, 32 // teacher_grid))
+    moved, inside = resample_tokens(teacher, (teacher_grid, teacher_grid), affine, (8, 8))
+    assert 0.5 < inside.float().mean() < 1
+    torch.testing.assert_close(moved[inside], student[inside], rtol=0, atol=1e-5)
+    assert (student[~inside] == 0).all()
+    still = resample_tokens(teacher, (teacher_grid, teacher_grid), identity_affine(48), (8, 8))[0]
+    assert (still - student).abs().max() > 0.1
+
+
+def test_tokens_of_a_shift_by_half_a_token_are_the_mean_of_neighbours(generator):
+    tokens = torch.randn(1, 64, 2, generator=generator)
+    affine = identity_affine(1).clone()
+    affine[0, 0, 2] = 1 / 8  # half of a token's width of 2 / 8
+    moved, _ = resample_tokens(tokens, (8, 8), affine)
+    maps = tokens.view(8, 8, 2)
+    expected = torch.cat(((maps[:, :-1] + maps[:, 1:]) / 2, maps[:, -1:]), dim=1)
+    torch.testing.assert_close(moved.view(8, 8, 2), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("output_grid", [(6, 6), (4, 5)])
+def test_the_gram_of_resampled_tokens_is_the_resampled_gram(generator, output_grid):
+    tokens, affine = torch.randn(8, 36, 10, generator=generator), random_affine(generator, 8)
+    matrix, inside = resampling_matrix(affine, (6, 6), output_grid)
+    torch.testing.assert_close(matrix.sum(dim=-1), torch.ones(matrix.shape[:2]))
+    assert (matrix >= 0).all()
+    moved, mask = resample_tokens(tokens, (6, 6), affine, output_grid)
+    assert torch.equal(mask, inside)
+    gram = tokens @ tokens.mT
+    torch.testing.assert_close(moved @ moved.mT, matrix @ gram @ matrix.mT, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "patch", "padding"), [(32, 4, 4), (32, 2, 4), (28, 7, 6), (30, 3, 5)])
+def test_the_mask_is_true_where_the_centre_of_a_token_lies_inside_the_image(size, patch, padding):
+    offsets = torch.arange(2 * padding + 1)
+    top, left, flip = (v.flatten() for v in torch.meshgrid(offsets, offsets, torch.arange(2), indexing="ij"))
+    flip = flip.bool()
+    _, affine = crop_flip(torch.zeros(len(top), 1, size, size), top, left, flip, padding)
+    grid = size // patch
+    _, inside = resampling_matrix(affine, (grid, grid), (grid, grid))
+    centers = torch.arange(grid) * 2 * patch + patch  # in half pixels
+    rows = centers + 2 * (top - padding)[:, None]
+    columns = torch.where(flip[:, None], 2 * size - centers, centers) + 2 * (left - padding)[:, None]
+    inside_rows, inside_columns = ((v >= 0) & (v <= 2 * size) for v in (rows, columns))
+    assert torch.equal(inside, (inside_rows[:, :, None] & inside_columns[:, None, :]).flatten(1))
+
+
+def test_tokens_that_do_not_fill_the_grid_are_refused():
+    with pytest.raises(ValueError, match="a 8 x 8 grid needs 64 tokens, got 65"):
+        resample_tokens(torch.zeros(2, 65, 3), (8, 8), identity_affine(2))
+
+
+def test_cosine_distance_equals_loops_over_tokens(generator):
+    student, teacher = torch.randn(2, 5, 7, 4, generator=generator)
+    mask = torch.rand(5, 7, generator=generator) < 0.6
+    mask[3] = False
+    masked, whole = [], []
+    for s, t, m in zip(student.tolist(), teacher.tolist(), mask.tolist(), strict=True):
+        cosines = [
+            sum(p * q for p, q in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))
+            for a, b in zip(s, t, strict=True)
+        ]
+        kept = [c for c, keep in zip(cosines, m, strict=True) if keep]
+        masked.append(1 - sum(kept) / len(kept) if kept else 1.0)
+        whole.append(1 - sum(cosines) / len(cosines))
+    torch.testing.assert_close(token_cosine_distance(student, teacher), torch.tensor(whole))
+    torch.testing.assert_close(token_cosine_distance(student, teacher, mask=mask), torch.tensor(masked))
+
+
+def test_cosine_distance_is_zero_for_positive_multiples_and_two_for_opposites(generator):
+    tokens = torch.randn(3, 6, 4, generator=generator)
+    torch.testing.assert_close(token_cosine_distance(5 * tokens, tokens), torch.zeros(3))
+    torch.testing.assert_close(token_cosine_distance(-tokens, tokens), torch.full((3,), 2.0))
+
+
+def test_cosine_distance_stays_in_float32_under_bf16_autocast(generator):
+    student, teacher = torch.randn(2, 3, 6, 4, generator=generator)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = token_cosine_distance(student, teacher)
+    assert torch.equal(found, token_cosine_distance(student, teacher))
+
+
+def test_tokens_of_other_shapes_are_refused_with_both_shapes():
+    with pytest.raises(ValueError, match=r"\(2, 4, 3\) and \(2, 4, 5\)"):
+        token_cosine_distance(torch.zeros(2, 4, 3), torch.zeros(2, 4, 5))
+
+
+def test_standardised_tokens_have_no_position_code_and_unit_channels(generator):
+    scale = torch.tensor([0.01, 1.0, 100.0])
+    tokens = (torch.randn(500, 4, 3, generator=generator) + 3 * torch.randn(4, 3, generator=generator)) * scale
+    mean = tokens.mean(dim=0)
+    std = (tokens - mean).square().mean(dim=(0, 1)).sqrt()
+    standardized = standardize_tokens(tokens, mean, std)
+    torch.testing.assert_close(standardized.mean(dim=0), torch.zeros(4, 3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(standardized.square().mean(dim=(0, 1)), torch.ones(3))
+    other_scale = torch.tensor([7.0, 0.1, 2.0])
+    torch.testing.assert_close(
+        standardize_tokens(tokens * other_scale, mean * other_scale, std * other_scale), standardized
+    )

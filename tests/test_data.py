@@ -1,0 +1,352 @@
+import io
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from hf_ihb.arguments import DataArguments
+from hf_ihb.data import DIGITS, ImageSplit, collate_images, load_image_data
+from hf_ihb.errors import DataError
+
+NAMES = ["cat", "dog", "owl"]
+
+
+def picture(seed, size=(6, 6), mode="RGB"):
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def png(image):
+    stream = io.BytesIO()
+    image.save(stream, "TIFF" if image.mode == "CMYK" else "PNG")
+    return stream.getvalue()
+
+
+def as_bytes(image):
+    return {"bytes": image if isinstance(image, bytes) else png(image), "path": None}
+
+
+def write(folder, images="image", labels="label", class_label=True, features=None, **splits):
+    """A folder of parquet files, one a split; a split is a list of (image, label)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    label = datasets.ClassLabel(names=NAMES) if class_label else datasets.Value("int64")
+    features = {images: datasets.Image(), labels: label} | (features or {})
+    for name, rows in splits.items():
+        columns = {images: [as_bytes(image) for image, _ in rows], labels: [value for _, value in rows]}
+        columns |= {extra: [0] * len(rows) for extra in features if extra not in columns}
+        split = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+        split.to_parquet(folder / f"{name}-00000-of-00001.parquet")
+    return str(folder)
+
+
+def rows(count, start=0, **kwargs):
+    return [(picture(start + i, **kwargs), i % 3) for i in range(count)]
+
+
+def load(name, **kwargs):
+    return load_image_data(DataArguments(dataset_name=name, **kwargs))
+
+
+def pixels(images):
+    return torch.stack([torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "set"
+
+
+def test_columns_are_found_by_their_type(folder):
+    train, test = rows(30), rows(6, start=100)
+    data = load(write(folder, images="picture", labels="animal", train=train, test=test))
+    assert data.label_names == NAMES
+    assert data.image_size == (6, 6)
+    assert data.revision is None
+    assert torch.equal(data.test.images, pixels([image for image, _ in test]))
+    assert data.test.labels.tolist() == [label for _, label in test]
+    assert data.test.images.dtype == torch.uint8
+    assert len(data.train) + len(data.validation) == 30
+
+
+def test_columns_and_splits_can_be_named(folder):
+    extra = {"thumbnail": datasets.Image(), "origin": datasets.ClassLabel(names=["web"])}
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)} | extra
+    folder.mkdir()
+    for name in ("fit", "held"):
+        columns = {"image": [as_bytes(i) for i, _ in rows(12)], "label": [v for _, v in rows(12)]}
+        columns |= {"thumbnail": [as_bytes(picture(9, (2, 2)))] * 12, "origin": [0] * 12}
+        split = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+        split.to_parquet(folder / f"data_{name}.parquet")
+    config = "configs:\n- config_name: default\n  data_files:\n"
+    config += "".join(f"  - split: {name}\n    path: data_{name}.parquet\n" for name in ("fit", "held"))
+    (folder / "README.md").write_text(f"---\n{config}---\n")
+    splits = {"train_split": "fit", "test_split": "held"}
+    with pytest.raises(DataError, match=r"found image and thumbnail .*'image_column_name'"):
+        load(str(folder), **splits)
+    with pytest.raises(DataError, match=r"found label and origin .*'label_column_name'"):
+        load(str(folder), **splits, image_column_name="image")
+    data = load(str(folder), **splits, image_column_name="image", label_column_name="label", validation_fraction=0.5)
+    assert data.label_names == NAMES
+    assert data.image_size == (6, 6)
+
+
+def test_a_column_that_does_not_exist_is_refused_with_those_that_do(folder):
+    name = write(folder, train=rows(6), test=rows(3))
+    for key in ("image_column_name", "label_column_name"):
+        with pytest.raises(DataError, match=rf"key '{key}': no column 'img'; it has image, label"):
+            load(name, **{key: "img"})
+
+
+def test_a_set_without_images_is_refused_with_its_columns(folder):
+    folder.mkdir()
+    for name in ("train", "test"):
+        datasets.Dataset.from_dict({"text": ["a"], "label": [0]}).to_parquet(folder / f"{name}-0.parquet")
+    with pytest.raises(DataError, match="expected one image column, found none among text, label"):
+        load(str(folder))
+
+
+@pytest.mark.parametrize("key", ["train_split", "test_split", "validation_split"])
+def test_a_missing_split_is_refused_with_those_there_are(folder, key):
+    name = write(folder, train=rows(6), test=rows(3))
+    with pytest.raises(DataError, match=rf"key '{key}': no split 'nowhere'; it has train, test"):
+        load(name, **{key: "nowhere"})
+
+
+def test_a_set_with_one_split_alone_is_refused(folder):
+    with pytest.raises(DataError, match="key 'test_split': no split 'test'; it has train"):
+        load(write(folder, train=rows(6)))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_empty_split_is_refused_by_name(folder, split):
+    name = write(folder, **({"train": rows(6), "test": rows(6)} | {split: []}))
+    with pytest.raises(DataError, match=rf"split '{split}' is empty|\"{split}\" corresponds to no data"):
+        load(name)
+
+
+def test_a_folder_that_holds_no_data_set_is_one_line(folder, tmp_path):
+    folder.mkdir()
+    datasets.Dataset.from_dict({"label": [0]}).save_to_disk(tmp_path / "saved")
+    for name in (folder, tmp_path / "saved"):
+        with pytest.raises(DataError, match=f"folder '{name}' could not be loaded") as error:
+            load(str(name))
+        assert "\n" not in str(error.value)
+
+
+def test_a_hub_set_that_cannot_be_reached_is_one_line():
+    with pytest.raises(DataError, match="Hub data set 'someone/nothing' could not be loaded") as error:
+        load("someone/nothing")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("value", "shown"), [(-1, "-1"), (3, "3"), (None, "None")])
+def test_a_label_out_of_range_is_refused_with_its_row(folder, value, shown):
+    test = [*rows(5), (picture(9), value)]
+    name = write(folder, class_label=False, train=rows(30), test=test)
+    with pytest.raises(DataError, match=rf"split 'test', row 5: expected a label in \[0, 3\), found {shown}"):
+        load(name)
+
+
+def test_a_missing_class_label_is_refused_with_its_row(folder):
+    train = rows(30)
+    train[7] = (train[7][0], None)
+    with pytest.raises(DataError, match=r"split 'train', row 7: expected a label in \[0, 3\), found None"):
+        load(write(folder, train=train, test=rows(3)))
+
+
+def test_labels_that_are_no_classes_are_refused(folder):
+    folder.mkdir()
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    for name in ("train", "test"):
+        columns = {"image": [as_bytes(picture(0))], "label": ["cat"]}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / f"{name}-0.parquet")
+    with pytest.raises(DataError, match="column 'label': expected class labels or integers, found str"):
+        load(str(folder))
+
+
+def test_integer_labels_are_named_by_their_number(folder):
+    data = load(write(folder, class_label=False, train=rows(30), test=rows(6)))
+    assert data.label_names == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("broken", [b"no image", b"", "truncated"])
+def test_an_image_that_cannot_be_decoded_is_refused_with_its_row(folder, broken):
+    data = png(picture(1, (64, 64)))[:2000] if broken == "truncated" else broken
+    test = [*rows(4), (data, 0), *rows(2)]
+    with pytest.raises(DataError, match=r"split 'test', row 4: the image cannot be decoded") as error:
+        load(write(folder, train=rows(30), test=test))
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_image_is_refused_with_its_row(folder):
+    folder.mkdir()
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
+    images = [as_bytes(image) for image, _ in rows(6)]
+    for name, column in (("train", images), ("test", [*images[:5], None])):
+        split = datasets.Dataset.from_dict({"image": column, "label": [0, 1, 2] * 2}, features=features)
+        split.to_parquet(folder / f"{name}-0.parquet")
+    with pytest.raises(DataError, match=r"split 'test', row 5"):
+        load(str(folder), validation_fraction=0.5)
+
+
+@pytest.mark.parametrize(
+    ("side", "reason"), [(8200, "expected at most 67108864 px, found 8200 x 8200"), (9600, "bomb")]
+)
+def test_a_decompression_bomb_is_refused_with_its_row(folder, side, reason):
+    stream = io.BytesIO()
+    Image.new("1", (side, side)).save(stream, "PNG")
+    with pytest.raises(DataError, match=rf"split 'train', row 1: .*{reason}"):
+        load(write(folder, train=[*rows(1), (stream.getvalue(), 0), *rows(6)], test=rows(3)))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1", "LA"])
+def test_every_colour_mode_becomes_rgb(folder, mode):
+    test = [(picture(i, mode=mode), i % 3) for i in range(6)]
+    data = load(write(folder, train=rows(30), test=test))
+    assert torch.equal(data.test.images, pixels([Image.open(io.BytesIO(png(image))) for image, _ in test]))
+
+
+def test_images_of_other_sizes_are_refused_until_a_size_is_given(folder):
+    train = [*rows(29), (picture(50, (8, 7)), 2)]
+    name = write(folder, train=train, test=rows(3, size=(9, 9)))
+    with pytest.raises(DataError, match=r"row 29: expected 6 x 6 px like row 0, found 8 x 7; give 'image_size'"):
+        load(name)
+    data = load(name, image_size=10)
+    assert data.image_size == (10, 10)
+    assert data.test.images.shape == (3, 3, 10, 10)
+    expected = [image.resize((10, 10), Image.Resampling.BICUBIC) for image, _ in rows(3, size=(9, 9))]
+    assert torch.equal(data.test.images, pixels(expected))
+
+
+def test_an_image_folder_is_read_with_its_classes(folder):
+    for split, count in (("train", 12), ("test", 3)):
+        for i in range(count):
+            path = folder / split / NAMES[i % 3] / f"{i:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture(i).save(path)
+    data = load(str(folder), validation_fraction=0.25)
+    assert data.label_names == NAMES
+    assert (len(data.train), len(data.validation), len(data.test)) == (9, 3, 3)
+    expected = {NAMES[i]: pixels([picture(i)])[0] for i in range(3)}
+    for image, label in zip(data.test.images, data.test.labels, strict=True):
+        assert torch.equal(image, expected[NAMES[label]])
+
+
+def as_set(images):
+    return {image.numpy().tobytes() for image in images}
+
+
+def test_the_validation_split_is_stratified_disjoint_and_fixed_by_its_seed(folder):
+    name = write(folder, train=rows(90), test=rows(3))
+    data, again, other = load(name), load(name), load(name, split_seed=1)
+    assert torch.bincount(data.validation.labels).tolist() == [3, 3, 3]
+    assert torch.bincount(data.train.labels).tolist() == [27, 27, 27]
+    assert as_set(data.train.images) | as_set(data.validation.images) == as_set(pixels([i for i, _ in rows(90)]))
+    assert not as_set(data.train.images) & as_set(data.validation.images)
+    assert torch.equal(data.validation.images, again.validation.images)
+    assert torch.equal(data.train.images, again.train.images)
+    assert as_set(data.validation.images) != as_set(other.validation.images)
+    lookup = {image.numpy().tobytes(): label for image, label in zip(data.train.images, data.train.labels, strict=True)}
+    for image, label in rows(90):
+        key = pixels([image])[0].numpy().tobytes()
+        assert lookup.get(key, label) == label
+
+
+def test_a_split_that_cannot_be_stratified_says_what_to_give(folder):
+    name = write(folder, train=rows(3), test=rows(3))
+    with pytest.raises(DataError, match="train: cannot be split by class .*give 'validation_split'"):
+        load(name)
+
+
+@pytest.mark.parametrize("split", ["validation", "dev"])
+def test_a_validation_split_that_exists_is_used(folder, split):
+    held_out = rows(6, start=500)
+    name = write(folder, train=rows(9), test=rows(3, start=200), **{split: held_out})
+    data = load(name)
+    assert len(data.train) == 9
+    assert torch.equal(data.validation.images, pixels([image for image, _ in held_out]))
+    named = load(name, validation_split="test")
+    assert torch.equal(named.validation.images, named.test.images)
+
+
+def test_limits_keep_the_classes_in_proportion(folder):
+    train = [(picture(i), 0 if i < 60 else 1 + i % 2) for i in range(120)]
+    name = write(folder, train=train, test=rows(30))
+    data = load(name, validation_fraction=0.5, max_train_samples=12, max_eval_samples=6)
+    assert torch.bincount(data.train.labels).tolist() == [6, 3, 3]
+    assert torch.bincount(data.validation.labels).tolist() == [3, 2, 1] or len(data.validation) == 6
+    assert torch.bincount(data.test.labels).tolist() == [2, 2, 2]
+    whole = load(name, validation_fraction=0.5)
+    assert as_set(data.train.images) < as_set(whole.train.images)
+    unlimited = load(name, validation_fraction=0.5, max_train_samples=60, max_eval_samples=10_000)
+    assert torch.equal(unlimited.train.images, whole.train.images)
+
+
+def test_digits_need_no_files():
+    data = load(DIGITS)
+    bunch = load_digits()
+    assert data.label_names == [str(n) for n in range(10)]
+    assert len(data.train) + len(data.validation) + len(data.test) == 1797
+    assert data.train.images.shape[1:] == (3, 8, 8)
+    everything = torch.cat((data.train.images, data.validation.images, data.test.images))
+    expected = np.rint(bunch.images * 255 / 16).astype(np.uint8)
+    assert sorted(image[0].numpy().tobytes() for image in everything) == sorted(image.tobytes() for image in expected)
+    assert all(torch.equal(everything[:, 0], everything[:, channel]) for channel in (1, 2))
+    share = torch.bincount(data.test.labels) / torch.from_numpy(np.bincount(bunch.target))
+    assert share.sub(0.2).abs().max() < 0.01
+    assert torch.equal(load(DIGITS, split_seed=5).test.images, data.test.images)
+    assert load(DIGITS, image_size=16).image_size == (16, 16)
+
+
+@pytest.fixture
+def split(generator):
+    images = torch.randint(256, (40, 3, 5, 7), generator=generator, dtype=torch.uint8)
+    return ImageSplit(images, torch.arange(40) % 3, NAMES)
+
+
+def test_a_batch_equals_its_items(split):
+    indices = [3, 0, 39, 3]
+    batch, items = collate_images(split.__getitems__(indices)), [split[i] for i in indices]
+    assert batch.keys() == items[0].keys() == {"pixel_values", "labels", "index"}
+    for i, item in enumerate(items):
+        assert torch.equal(batch["pixel_values"][i], item["pixel_values"])
+        assert batch["labels"][i] == item["labels"]
+        assert batch["index"][i] == item["index"] == indices[i]
+    stacked = collate_images(items)
+    assert all(torch.equal(stacked[name], batch[name]) for name in batch)
+
+
+def test_a_data_loader_gives_whole_batches(split):
+    loader = torch.utils.data.DataLoader(split, 16, collate_fn=collate_images)
+    assert torch.equal(torch.cat([batch["pixel_values"] for batch in loader]), split.images)
+    assert torch.equal(torch.cat([batch["index"] for batch in loader]), torch.arange(40))
+
+
+def test_selected_rows_are_numbered_anew(split):
+    part = split.select(np.array([5, 2]))
+    assert [part[i]["index"] for i in range(2)] == [0, 1]
+    assert torch.equal(part.images, split.images[[5, 2]])
+    assert part.label_names == NAMES
+
+
+def test_statistics_equal_numpy(split):
+    mean, std = split.statistics()
+    pixels = split.images.numpy() / 255
+    np.testing.assert_allclose(mean, pixels.mean(axis=(0, 2, 3)), atol=5.1e-5)
+    np.testing.assert_allclose(std, pixels.std(axis=(0, 2, 3)), atol=5.1e-5)
+
+
+def test_the_deviation_of_a_constant_channel_can_be_divided_by():
+    constant = ImageSplit(torch.full((4, 3, 2, 2), 7, dtype=torch.uint8), torch.zeros(4, dtype=torch.long), ["a"])
+    assert min(constant.statistics()[1]) > 0
+
+
+def test_nothing_is_written_beside_the_data(folder):
+    name = write(folder, train=rows(30), test=rows(3))
+    before = sorted(p.name for p in Path(name).iterdir())
+    load(name)
+    assert sorted(p.name for p in Path(name).iterdir()) == before
