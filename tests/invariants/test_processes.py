@@ -1,0 +1,108 @@
+"""Laws that hold across processes: sharding, kill and resume, and a student that needs nothing of ours."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForImageClassification
+
+from hf_ihb.arguments import DataArguments
+from hf_ihb.data import load_image_data
+from hf_ihb.models.processing import pixel_format, student_processor
+from tests.invariants.conftest import STUDENT
+
+LOGITS = {**STUDENT, "method": "logits", "alpha": 0.6, "temperature": 2.0}
+STRUCTURAL = {
+    **STUDENT, "method": "structural", "cka_weight": 1.0, "gram_weight": 1.0, "token_weight": 0.5,
+    "student_layers": [0, 1], "teacher_layers": [1, 2],
+}  # fmt: skip
+AUGMENTED = {"random_crop_padding": 1, "horizontal_flip": 0.5, "mixup_alpha": 0.8, "mix_probability": 0.4}
+RESUMABLE = {**AUGMENTED, "drop_path_rate": 0.2, "max_steps": 8, "save_strategy": "steps", "save_steps": 3}
+
+
+@pytest.mark.parametrize("method", ["logits", "structural"])
+def test_two_processes_train_like_one_on_the_same_global_batch(method, launch, teacher):
+    recipe = {"logits": LOGITS, "structural": {**STRUCTURAL, "center_positions": False}}[method]
+    # SGD: Adam turns rounding noise of tiny gradients into whole steps
+    recipe |= {**AUGMENTED, "teacher_model": teacher, "max_steps": 5, "optim": "sgd", "learning_rate": 0.05}
+    one = launch("distill.py", {**recipe, "per_device_train_batch_size": 32})
+    two = launch("distill.py", {**recipe, "per_device_train_batch_size": 16}, processes=2)
+    assert (one.code, two.code) == (0, 0), one.stderr + two.stderr
+    assert [run.json("recipe.json")["environment"]["num_processes"] for run in (one, two)] == [1, 2]
+    parts = ["loss", "task_loss", "kd_loss"] if method == "logits" else ["loss", "cka_loss", "gram_loss", "token_loss"]
+    for part in parts:
+        assert two.logged(part) == pytest.approx(one.logged(part), abs=1e-5), part
+    for name, tensor in one.weights().items():
+        torch.testing.assert_close(two.weights()[name], tensor, rtol=0, atol=1e-5)
+    assert two.json("evaluation.json")["test"]["accuracy"] == one.json("evaluation.json")["test"]["accuracy"]
+
+
+@pytest.mark.parametrize(("recipe", "processes"), [(LOGITS, 1), (STRUCTURAL, 1), (STRUCTURAL, 2)])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(recipe, processes, launch, teacher, tmp_path):
+    recipe = {**recipe, **RESUMABLE, "teacher_model": teacher, "per_device_train_batch_size": 32 // processes}
+    whole = launch("distill.py", recipe, processes=processes)
+    assert whole.code == 0, whole.stderr
+    killed = launch("distill.py", recipe, processes=processes, output_dir=tmp_path / "run", kill_at_step=5)
+    assert killed.code != 0
+    assert (killed.folder / "checkpoint-3").is_dir()
+    assert not (killed.folder / "model.safetensors").exists()
+    resumed = launch(
+        "distill.py", recipe, "--resume_from_checkpoint", "true", processes=processes, output_dir=killed.folder
+    )
+    assert resumed.code == 0, resumed.stderr
+    for part in ("loss", "task_loss", "grad_norm"):
+        assert resumed.logged(part) == whole.logged(part), part
+    for name, tensor in whole.weights().items():
+        assert torch.equal(resumed.weights()[name], tensor), name
+    test, expected = (run.json("evaluation.json")["test"] for run in (resumed, whole))
+    assert test == expected
+
+
+WITHOUT_US = """
+import json, sys
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+folder, images = sys.argv[1], torch.load(sys.argv[2], weights_only=True)
+pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+model = AutoModelForImageClassification.from_pretrained(folder).eval()
+processor = AutoImageProcessor.from_pretrained(folder)
+with torch.no_grad():
+    logits = model(**processor(pictures, return_tensors="pt")).logits
+scores = pipeline("image-classification", model=folder)(pictures, top_k=logits.shape[1])
+assert not any(name.split(".")[0] == "hf_ihb" for name in sys.modules), "the test imported what it must do without"
+print(json.dumps([type(model).__name__, logits.tolist(), scores]))
+"""
+
+
+@pytest.mark.parametrize("architecture", ["deit", "deit_cls", "vit"])
+def test_a_student_folder_gives_the_same_logits_without_hf_ihb(architecture, launch, teacher, tmp_path):
+    recipe = {**LOGITS, "architecture": architecture, "teacher_model": teacher, "max_steps": 2, "drop_path_rate": 0.1}
+    finished = launch("distill.py", {**recipe, "per_device_train_batch_size": 16})
+    assert finished.code == 0, finished.stderr
+    data = load_image_data(DataArguments(dataset_name="sklearn:digits", max_train_samples=160, max_eval_samples=60))
+    images = data.test.images[:8]
+    torch.save(images, tmp_path / "images.pt")
+    command = [sys.executable, "-c", WITHOUT_US, str(finished.folder), str(tmp_path / "images.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    class_name, logits, scores = json.loads(done.stdout.splitlines()[-1])
+    expected_class = {
+        "deit": "DeiTForImageClassificationWithTeacher", "deit_cls": "DeiTForImageClassification",
+        "vit": "ViTForImageClassification",
+    }[architecture]  # fmt: skip
+    assert class_name == expected_class
+
+    # what training evaluates: stored pixels, normalised on the device
+    ours = AutoModelForImageClassification.from_pretrained(finished.folder).eval()
+    pixels = pixel_format(student_processor(*data.train.statistics(), (8, 8))).apply(images.float() / 255)
+    with torch.no_grad():
+        expected = ours(pixel_values=pixels).logits
+    torch.testing.assert_close(torch.tensor(logits), expected, rtol=0, atol=1e-5)
+    names = data.label_names
+    for row, found in zip(expected.softmax(-1), scores, strict=True):
+        by_name = {entry["label"]: entry["score"] for entry in found}
+        torch.testing.assert_close(torch.tensor([by_name[name] for name in names]), row, rtol=0, atol=1e-4)

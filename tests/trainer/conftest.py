@@ -1,0 +1,94 @@
+import pytest
+import torch
+from transformers import TimmWrapperForImageClassification, set_seed
+
+from hf_ihb.arguments import ModelArguments, SupervisedTrainingArguments
+from hf_ihb.data import ImageSplit
+from hf_ihb.models.processing import pixel_format, student_processor
+from hf_ihb.models.student import build_student
+from hf_ihb.models.teacher import Teacher
+from hf_ihb.trainer import SupervisedTrainer
+
+LABELS = ["red", "green", "blue", "dark"]
+MEAN, STD, SIZE = [0.5] * 3, [0.25] * 3, (16, 16)
+
+
+def make_split(count: int, seed: int) -> ImageSplit:
+    """Noise with one brighter channel a class (none for the last): learnable in a few steps."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % len(LABELS)
+    images = torch.randint(0, 160, (count, 3, *SIZE), generator=generator)
+    images += 90 * torch.nn.functional.one_hot(labels, 4)[:, :3, None, None]
+    return ImageSplit(images.clamp(0, 255).to(torch.uint8), labels, LABELS)
+
+
+@pytest.fixture(scope="session")
+def train_split():
+    return make_split(128, seed=0)
+
+
+@pytest.fixture(scope="session")
+def eval_split():
+    return make_split(70, seed=1)
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return student_processor(MEAN, STD, SIZE)
+
+
+@pytest.fixture
+def make_student():
+    def make(architecture="deit", drop_path_rate=0.0, seed=0):
+        set_seed(seed)
+        args = ModelArguments(
+            architecture=architecture, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
+            drop_path_rate=drop_path_rate,
+        )  # fmt: skip
+        return build_student(args, LABELS, SIZE, MEAN, STD)[0]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained_cnn(train_split, tmp_path_factory):
+    set_seed(0)
+    model, processor = build_student(ModelArguments(architecture="resnet18_cifar_w16"), LABELS, SIZE, MEAN, STD)
+    args = SupervisedTrainingArguments(
+        output_dir=str(tmp_path_factory.mktemp("teacher")), max_steps=20, per_device_train_batch_size=32,
+        learning_rate=3e-3, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    SupervisedTrainer(model, args, train_dataset=train_split, processing_class=processor).train()
+    model.save_pretrained(args.output_dir)
+    return args.output_dir, processor
+
+
+@pytest.fixture
+def make_teacher(trained_cnn):
+    def make(names=LABELS):
+        path, processor = trained_cnn
+        model = TimmWrapperForImageClassification.from_pretrained(path)
+        return Teacher(model, pixel_format(processor), names)
+
+    return make
+
+
+@pytest.fixture
+def make_args(tmp_path):
+    def make(arguments_class, **overrides):
+        defaults = {
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 6,
+            "per_device_train_batch_size": 32,
+            "per_device_eval_batch_size": 32,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "seed": 3,
+        }
+        return arguments_class(**{**defaults, **overrides})
+
+    return make

@@ -1,0 +1,326 @@
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import EvalPrediction, TrainerCallback, TrainingArguments
+
+from hf_ihb.arguments import AugmentationArguments, SupervisedTrainingArguments
+from hf_ihb.data import ImageSplit
+from hf_ihb.errors import CheckpointError, DataError, NumericsError
+from hf_ihb.trainer import SupervisedTrainer
+
+AUGMENT = AugmentationArguments(
+    random_crop_padding=2, horizontal_flip=0.5, cutout_size=4, mixup_alpha=0.8, cutmix_alpha=1.0, mix_probability=0.7
+)
+
+
+@pytest.fixture
+def make_trainer(make_student, make_args, train_split, eval_split, processor):
+    def make(student=None, *, trainer_kwargs=None, **overrides):
+        return SupervisedTrainer(
+            student or make_student(),
+            make_args(SupervisedTrainingArguments, **overrides),
+            train_dataset=train_split,
+            eval_dataset=eval_split,
+            processing_class=processor,
+            augmentation=AUGMENT,
+            **(trainer_kwargs or {}),
+        )
+
+    return make
+
+
+def losses(trainer):
+    return torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_state(found, expected, **tolerance):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, msg=lambda m, name=name: f"{name}: {m}", **tolerance)
+
+
+def test_plain_training_arguments_are_refused_by_name(make_student):
+    with pytest.raises(TypeError, match="SupervisedTrainingArguments"):
+        SupervisedTrainer(make_student(), TrainingArguments(output_dir="unused", report_to="none"))
+
+
+def test_four_micro_batches_of_eight_train_like_one_batch_of_thirty_two(make_trainer):
+    whole, parts = (
+        make_trainer(
+            per_device_train_batch_size=32 // n, gradient_accumulation_steps=n, label_smoothing_factor=0.1, optim="sgd",
+            learning_rate=0.1,
+        )
+        for n in (1, 4)
+    )  # fmt: skip
+    whole.train(), parts.train()
+    torch.testing.assert_close(losses(parts), losses(whole), rtol=0, atol=2e-6)
+    assert_same_state(state(parts.student), state(whole.student), rtol=0, atol=2e-6)
+
+
+def test_both_heads_that_inference_averages_learn(make_trainer):
+    trainer = make_trainer()
+    before = state(trainer.student)
+    trainer.train()
+    for head in ("cls_classifier.weight", "distillation_classifier.weight"):
+        assert not torch.equal(trainer.student.state_dict()[head], before[head])
+
+
+def test_the_task_loss_is_cross_entropy_of_smoothed_labels_over_both_heads(
+    make_student, make_args, train_split, processor
+):
+    student = make_student()
+    args = make_args(SupervisedTrainingArguments, max_steps=1, learning_rate=0.0, label_smoothing_factor=0.2,
+                     per_device_train_batch_size=128)  # fmt: skip
+    trainer = SupervisedTrainer(student, args, train_dataset=train_split, processing_class=processor)
+    trainer.train()
+    pixels = (train_split.images.float() / 255 - 0.5) / 0.25
+    with torch.no_grad():
+        outputs = student.train()(pixel_values=pixels)
+    expected = sum(
+        torch.nn.functional.cross_entropy(logits, train_split.labels, label_smoothing=0.2)
+        for logits in (outputs.cls_logits, outputs.distillation_logits)
+    ) / 2  # fmt: skip
+    torch.testing.assert_close(losses(trainer)[0], expected, rtol=0, atol=1e-5)
+
+
+def test_every_parameter_gets_a_gradient(make_trainer):
+    trainer = make_trainer(max_steps=1)
+    missing = []
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            missing.extend(name for name, parameter in model.named_parameters() if parameter.grad is None)
+
+    trainer.add_callback(Look())
+    trainer.train()
+    assert missing == []
+
+
+def test_norms_biases_tokens_and_positions_are_not_decayed(make_trainer):
+    trainer = make_trainer()
+    decayed = set(trainer.get_decay_parameter_names(trainer.model))
+    spared = {name for name, _ in trainer.model.named_parameters()} - decayed
+    for part in ("cls_token", "distillation_token", "position_embeddings", "bias", "layernorm"):
+        assert any(part in name for name in spared)
+        assert not any(part in name for name in decayed)
+    assert all(name.endswith("weight") for name in decayed)
+
+
+def test_sgd_takes_momentum_and_nesterov_from_optim_args(make_trainer):
+    trainer = make_trainer(optim="sgd", optim_args="momentum=0.9, nesterov=true")
+    group = trainer.create_optimizer().param_groups[0]
+    assert (group["momentum"], group["nesterov"]) == (0.9, True)
+
+
+def test_training_logs_components_and_speed(make_trainer):
+    trainer = make_trainer()
+    trainer.train()
+    for entry in [e for e in trainer.state.log_history if "loss" in e]:
+        assert entry["task_loss"] == pytest.approx(entry["loss"], abs=1e-6)
+        assert entry["images_per_second"] > 0
+
+
+# ---- Evaluation ----
+
+
+def test_evaluation_counts_every_image_once_and_by_hand(make_trainer, eval_split):
+    trainer = make_trainer(max_steps=3)
+    trainer.train()
+    metrics = trainer.evaluate()
+    with torch.no_grad():
+        outputs = trainer.student.eval()(pixel_values=(eval_split.images.float() / 255 - 0.5) / 0.25)
+    for name, logits in (
+        ("accuracy", outputs.logits), ("cls_accuracy", outputs.cls_logits),
+        ("distillation_accuracy", outputs.distillation_logits),
+    ):  # fmt: skip
+        expected = (logits.argmax(-1) == eval_split.labels).double().mean().item()
+        assert metrics[f"eval_{name}"] == pytest.approx(expected, abs=1e-12)
+    # 70 images in batches of 32: stock Trainer would drop the last 6 with dataloader_drop_last
+    prediction = trainer.predict(eval_split)
+    torch.testing.assert_close(torch.tensor(prediction.predictions), outputs.logits, rtol=0, atol=1e-5)
+    assert prediction.label_ids.tolist() == eval_split.labels.tolist()
+
+
+def test_the_users_metrics_see_the_logits_of_inference_and_join_ours(make_trainer, eval_split):
+    seen = []
+
+    def compute_metrics(prediction: EvalPrediction):
+        seen.append(prediction.predictions.shape)
+        return {"mine": 1.5}
+
+    metrics = make_trainer(trainer_kwargs={"compute_metrics": compute_metrics}).evaluate()
+    assert seen == [(len(eval_split), 4)]
+    assert metrics["eval_mine"] == 1.5
+    assert "eval_accuracy" in metrics
+
+
+def test_batch_wise_metrics_equal_metrics_of_the_whole_set(make_trainer, eval_split):
+    counts = []
+
+    def compute_metrics(prediction, compute_result):
+        counts.append(len(prediction.predictions))
+        return {"counted": sum(counts)} if compute_result else {}
+
+    student = make_trainer().student
+    whole = make_trainer(student).evaluate()
+    batched = make_trainer(
+        student, batch_eval_metrics=True, trainer_kwargs={"compute_metrics": compute_metrics}
+    ).evaluate()
+    assert batched["eval_counted"] == len(eval_split)
+    assert batched["eval_accuracy"] == whole["eval_accuracy"]
+
+
+def test_preprocess_logits_for_metrics_shapes_what_the_users_metrics_see(make_trainer):
+    shapes = []
+    trainer = make_trainer(
+        trainer_kwargs={
+            "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1),
+            "compute_metrics": lambda prediction: shapes.append(prediction.predictions.shape),
+        }
+    )
+    assert "eval_accuracy" in trainer.evaluate()
+    assert shapes == [(70,)]
+
+
+def test_a_batch_of_float_pixels_is_used_as_it_is(make_student, make_args):
+    class Pixels(torch.utils.data.Dataset):
+        def __len__(self):
+            return 64
+
+        def __getitem__(self, index):
+            return {"pixel_values": torch.full((3, 16, 16), float(index % 4)), "label": index % 4}
+
+    student, seen = make_student(), []
+    student.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True)
+    args = make_args(SupervisedTrainingArguments, max_steps=1)
+    SupervisedTrainer(student, args, train_dataset=Pixels(), augmentation=AUGMENT).train()
+    assert set(seen[0].unique().tolist()) <= {0.0, 1.0, 2.0, 3.0}
+
+
+# ---- Numerics and data ----
+
+
+def test_a_nan_loss_stops_before_the_optimizer_step(make_trainer):
+    trainer = make_trainer(max_steps=4)
+    before = []
+
+    class Break(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            if state.global_step == 2:
+                before.append({n: p.detach().clone() for n, p in model.named_parameters()})
+                trainer.compute_loss_func = lambda outputs, labels, **_: outputs.logits.sum() * torch.nan
+
+    trainer.add_callback(Break())
+    with pytest.raises(NumericsError, match="step 3: expected a finite loss"):
+        trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, before[0][name])
+
+
+def test_a_split_smaller_than_a_batch_is_an_error_not_zero_steps(make_student, make_args, processor):
+    split = ImageSplit(torch.zeros(5, 3, 16, 16, dtype=torch.uint8), torch.zeros(5).long(), ["a", "b"])
+    trainer = SupervisedTrainer(
+        make_student(), make_args(SupervisedTrainingArguments), train_dataset=split, processing_class=processor
+    )
+    with pytest.raises(DataError, match="5 training images do not fill one batch of 32"):
+        trainer.train()
+
+
+# ---- Checkpoints ----
+
+
+@pytest.mark.parametrize("architecture", ["deit", "deit_cls", "vit", "resnet18_cifar_w16"])
+def test_resuming_at_any_checkpoint_equals_never_stopping(architecture, make_trainer, make_student, tmp_path):
+    drop_path = 0.0 if architecture.startswith("resnet") else 0.2
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "per_device_train_batch_size": 48}
+
+    def student():
+        if architecture.startswith("resnet"):
+            torch.manual_seed(0)
+            from hf_ihb.arguments import ModelArguments
+            from hf_ihb.models.student import build_student
+
+            return build_student(
+                ModelArguments(architecture=architecture), list("abcd"), (16, 16), [0.5] * 3, [0.25] * 3
+            )[0]
+        return make_student(architecture, drop_path_rate=drop_path)
+
+    whole = make_trainer(student(), **settings)
+    whole.train()
+    for step in (2, 4):
+        resumed = make_trainer(student(), **settings, output_dir=str(tmp_path / f"from-{step}"))
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
+        assert torch.equal(losses(resumed), losses(whole))
+        assert_same_state(state(resumed.model), state(whole.model), rtol=0, atol=0)
+
+
+def test_load_best_model_at_end_brings_back_every_tensor_of_the_best_step(make_trainer, make_student):
+    trainer = make_trainer(
+        make_student(), max_steps=6, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
+        load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=False,
+    )  # fmt: skip
+    kept = {}
+
+    class WreckAfterStepTwo(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            if state.global_step == 2:
+                kept.update({n: t.clone() for n, t in model.state_dict().items()})
+            if state.global_step == 3:
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.add_(torch.randn_like(parameter))
+
+    trainer.add_callback(WreckAfterStepTwo())
+    trainer.train()
+    assert trainer.state.best_global_step == 2
+    assert_same_state(state(trainer.model), kept, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "shape"])
+def test_a_checkpoint_that_does_not_hold_exactly_the_model_is_refused(damage, make_trainer, tmp_path):
+    make_trainer(max_steps=2, save_strategy="steps", save_steps=2).train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    weights = load_file(checkpoint / "model.safetensors")
+    name = "cls_classifier.bias"
+    if damage == "missing":
+        del weights[name]
+    elif damage == "unexpected":
+        weights["left_over"] = torch.zeros(1)
+    else:
+        weights[name] = torch.zeros(9)
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"checkpoint-2"):
+        make_trainer(max_steps=4).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_resuming_skips_a_save_that_was_cut_short(make_trainer, tmp_path):
+    make_trainer(max_steps=4, save_strategy="steps", save_steps=2).train()
+    (tmp_path / "run" / "checkpoint-4" / "trainer_state.json").unlink()
+    trainer = make_trainer(max_steps=5)
+    steps = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+
+    trainer.add_callback(Look())
+    trainer.train(resume_from_checkpoint=True)
+    assert steps == [2]
+
+
+def test_resuming_without_a_checkpoint_says_so(make_trainer):
+    with pytest.raises(CheckpointError, match="expected a complete checkpoint to resume, found none"):
+        make_trainer().train(resume_from_checkpoint=True)
+
+
+def test_no_pickle_of_the_arguments_is_written(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=2, save_strategy="steps", save_steps=2, hub_token="canary-token")
+    trainer.train()
+    trainer.save_model()
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {"config.json", "model.safetensors", "preprocessor_config.json"} <= {path.name for path in files}
+    assert not any(b"canary-token" in path.read_bytes() for path in files)
