@@ -1,12 +1,13 @@
 """What a person sees of the scripts: exit codes, one line for a mistake, and nothing written by it."""
 
 import json
-import os
-import subprocess
+import runpy
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from transformers.utils import logging
 
 ROOT = Path(__file__).parents[1]
 STUDENT = {
@@ -17,20 +18,31 @@ STUDENT = {
 TAUGHT = {**STUDENT, "method": "logits"}
 
 
+@dataclass
+class Done:
+    """How a script ended and what it said."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
 @pytest.fixture
-def script(tmp_path):
+def script(tmp_path, monkeypatch, capsys):
     def run(name, recipe, *overrides):
         path = tmp_path / "recipe.json"
         if recipe is not None:
             path.write_text(recipe if isinstance(recipe, str) else json.dumps(recipe))
-        command = [
-            sys.executable,
-            str(ROOT / "scripts" / name),
-            *([str(path)] if recipe is not None else []),
-            *overrides,
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+        first = [] if recipe is None else [str(path)]
+        monkeypatch.setattr(sys, "argv", [name, *first, *overrides])
+        monkeypatch.chdir(tmp_path)
+        logging.set_verbosity_error()
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+        return Done(code, *capsys.readouterr())
 
     return run
 
@@ -39,7 +51,7 @@ def script(tmp_path):
     ("name", "recipe", "overrides", "code", "says"),
     [
         ("train.py", {**STUDENT, "learning_rat": 1}, [], 2, "unknown; did you mean 'learning_rate'?"),
-        ("train.py", STUDENT, ["--drop_path_rate", "1.5"], 2, "command line: key 'drop_path_rate': expected a number in"),
+        ("train.py", STUDENT, ["--drop_path_rate", "1.5"], 2, "command line: key 'drop_path_rate': expected"),
         ("train.py", "{", [], 2, "recipe.json:1:2: expected JSON"),
         ("train.py", {**STUDENT, "patch_size": 3}, [], 2, "a multiple of 3 px, found 8 x 8 px"),
         ("train.py", {**STUDENT, "architecture": "dejt"}, [], 2, "key 'architecture': expected deit, deit_cls, vit"),
@@ -52,7 +64,7 @@ def script(tmp_path):
 def test_a_mistake_is_one_line_and_an_exit_code(name, recipe, overrides, code, says, script, tmp_path):
     done = script(name, recipe, *overrides, "--output_dir", "run")
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == code, done.stderr
+    assert done.code == code, done.stderr
     assert last.startswith("error: ")
     assert says in last
     assert "Traceback" not in done.stderr
@@ -60,14 +72,14 @@ def test_a_mistake_is_one_line_and_an_exit_code(name, recipe, overrides, code, s
 
 
 def test_an_earlier_run_is_kept_unless_it_is_resumed_or_replaced(script, tmp_path):
-    assert script("train.py", STUDENT, "--output_dir", "run").returncode == 0
+    assert script("train.py", STUDENT, "--output_dir", "run").code == 0
     weights = (tmp_path / "run" / "model.safetensors").read_bytes()
     again = script("train.py", STUDENT, "--output_dir", "run", "--seed", "7")
-    assert again.returncode == 2
+    assert again.code == 2
     assert "--overwrite_output_dir true" in again.stderr
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
     replaced = script("train.py", STUDENT, "--output_dir", "run", "--seed", "7", "--overwrite_output_dir", "true")
-    assert replaced.returncode == 0
+    assert replaced.code == 0
     assert (tmp_path / "run" / "model.safetensors").read_bytes() != weights
 
 
@@ -75,13 +87,13 @@ def test_a_folder_with_other_content_is_never_written_to(script, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("mine")
     done = script("train.py", STUDENT, "--output_dir", "thesis", "--overwrite_output_dir", "true")
-    assert done.returncode == 2
+    assert done.code == 2
     assert "expected an empty or new folder" in done.stderr
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.txt"]
 
 
 def test_a_run_leaves_what_later_steps_read_and_the_table_shows_it(script, tmp_path):
-    assert script("train.py", STUDENT, "--output_dir", "run").returncode == 0
+    assert script("train.py", STUDENT, "--output_dir", "run").code == 0
     recipe, evaluation = (json.loads((tmp_path / "run" / f"{n}.json").read_text()) for n in ("recipe", "evaluation"))
     assert recipe["keys"]["hidden_size"] == 32
     assert not any(key.endswith("_token") for key in recipe["keys"])
@@ -95,7 +107,7 @@ def test_a_run_leaves_what_later_steps_read_and_the_table_shows_it(script, tmp_p
 @pytest.mark.parametrize("name", ["train.py", "distill.py"])
 def test_help_prints_every_key_with_its_range_without_a_recipe(name, script):
     done = script(name, None, "--help")
-    assert done.returncode == 0
+    assert done.code == 0
     keys = ["--random_crop_padding", "--drop_path_rate", "--learning_rate"]
     keys += ["--temperature", "--cka_weight", "--teacher_model"] if name == "distill.py" else []
     for key in keys:
