@@ -19,7 +19,7 @@ class Range:
     def __contains__(self, value: float) -> bool:
         above = value > self.low if self.low_open else value >= self.low
         below = value < self.high if self.high_open else value <= self.high
-        return math.isfinite(value) and above and below
+        return (isinstance(value, int) or math.isfinite(value)) and above and below
 
     def __str__(self) -> str:
         if self.high == math.inf:
@@ -47,7 +47,7 @@ TRAINING_RANGES = {
     "adam_beta2": FRACTION_BELOW_ONE,
     "adam_epsilon": POSITIVE,
     "label_smoothing_factor": FRACTION_BELOW_ONE,
-    "seed": NON_NEGATIVE,
+    "seed": Range(0, 2**32 - 1),
     "dataloader_num_workers": NON_NEGATIVE,
     "save_total_limit": AT_LEAST_ONE,
 }

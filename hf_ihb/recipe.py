@@ -19,6 +19,7 @@ from hf_ihb.arguments import out_of_range
 from hf_ihb.errors import RecipeError
 
 MAX_RECIPE_BYTES = 1 << 20
+MAX_INTEGER = 1 << 63
 
 _ARTICLES = {bool: "true or false", int: "an integer", float: "a number", str: "a string", dict: "an object"}
 
@@ -32,8 +33,13 @@ class _RecipeParser(HfArgumentParser):
             raise RecipeError(f"command line: {message}")
         name, value = found.groups()
         kind = re.search(r"invalid (\w+) value", message)
-        reason = f"expected {kind[1]}, found {value}" if kind else f"found {value}"
-        raise RecipeError(f"command line: key '{name}': {reason}")
+        if choice := re.fullmatch(r"('.*') \(choose from (.*)\)", value):
+            choices = choice[2].replace("'", "")
+            raise RecipeError(f"command line: key '{name}': expected one of {choices}, found {choice[1]}")
+        if truth := re.match(r"Truthy value expected: got (.*?) but expected", value):
+            raise RecipeError(f"command line: key '{name}': expected true or false, found {truth[1]}")
+        reason = f"expected {kind[1]}, found {value}" if kind else value
+        raise RecipeError(_one_line(f"command line: key '{name}': {reason}"))
 
     @staticmethod
     def _parse_dataclass_field(parser: ArgumentParser, field: Field) -> None:
@@ -89,7 +95,7 @@ def parse_recipe(argv: Sequence[str], *dataclasses: type, description: str | Non
         names = [f.name for f in fields(dataclass) if f.init]
         try:
             instances.append(dataclass(**{name: getattr(namespace, name) for name in names}))
-        except ValueError as error:
+        except (OSError, TypeError, ValueError) as error:
             origin = "command line" if any(f"'{name}'" in str(error) for name in given) else path
             raise RecipeError(f"{origin}: {_one_line(error)}") from error
     return tuple(instances)
@@ -120,7 +126,7 @@ def peek(argv: Sequence[str], name: str, choices: Sequence[str]) -> str:
     for i, token in enumerate(argv):
         if token.split("=")[0] == f"--{name}":
             origin, value = "command line", token.partition("=")[2] or next(iter(argv[i + 1 :]), None)
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise RecipeError(f"{origin}: key '{name}': expected one of {', '.join(choices)}, found {_shown(value)}")
     return value
 
@@ -143,13 +149,18 @@ def read_recipe(path: Path) -> dict[str, Any]:
     def not_finite(literal: str) -> NoReturn:
         raise RecipeError(f"{path}: expected finite numbers, found {literal}")
 
+    def finite(literal: str) -> float:
+        return value if math.isfinite(value := float(literal)) else not_finite(literal)
+
     if (size := path.stat().st_size) > MAX_RECIPE_BYTES:
         raise RecipeError(f"{path}: expected a recipe below {MAX_RECIPE_BYTES} bytes, found {size}")
     try:
-        values = json.loads(path.read_text("utf-8"), object_pairs_hook=unique, parse_constant=not_finite)
+        values = json.loads(
+            path.read_text("utf-8"), object_pairs_hook=unique, parse_constant=not_finite, parse_float=finite
+        )
     except json.JSONDecodeError as error:
         raise RecipeError(f"{path}:{error.lineno}:{error.colno}: expected JSON, found {error.msg}") from error
-    except (RecursionError, UnicodeDecodeError) as error:
+    except (RecursionError, ValueError) as error:  # nested without end, not UTF-8, digits without end
         raise RecipeError(f"{path}: expected flat JSON in UTF-8, found {_one_line(error)}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected a JSON object, found {_shown(values)}")
@@ -166,7 +177,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def _check_key(origin: str, name: str, value: Any, owners: dict[str, type]) -> None:
     if name not in owners:
         nearest = difflib.get_close_matches(name, owners, n=1, cutoff=0.0)
-        raise RecipeError(f"{origin}: unknown; did you mean '{nearest[0]}'?")
+        raise RecipeError(_one_line(f"{origin}: unknown; did you mean '{nearest[0]}'?"))
     hint = get_type_hints(owners[name])[name]
     if not _matches(value, hint):
         allowed = out_of_range(owners[name], name, -math.inf)
@@ -176,6 +187,8 @@ def _check_key(origin: str, name: str, value: Any, owners: dict[str, type]) -> N
 
 
 def _check_range(origin: str, name: str, value: Any, owner: type) -> None:
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
+        raise RecipeError(f"{origin}: expected a number below 2^63, found {_shown(value)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise RecipeError(f"{origin}: expected a finite number, found {value}")
     if (allowed := out_of_range(owner, name, value)) is not None:
@@ -232,7 +245,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split())
 
 

@@ -258,7 +258,7 @@ def test_the_validation_split_is_stratified_disjoint_and_fixed_by_its_seed(folde
 
 def test_a_split_that_cannot_be_stratified_says_what_to_give(folder):
     name = write(folder, train=rows(3), test=rows(3))
-    with pytest.raises(DataError, match="train: cannot be split by class .*give 'validation_split'"):
+    with pytest.raises(DataError, match=r"train: cannot be split by class .*give 'validation_split'"):
         load(name)
 
 

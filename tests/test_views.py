@@ -126,6 +126,18 @@ def test_cutout_leaves_the_mean_colour_and_nothing_else(split):
     assert changed.flatten(1).sum(dim=1).max() <= 9
 
 
+def test_where_the_cutout_lies_has_nothing_to_do_with_the_crop():
+    images, count = torch.zeros(1, 1, 16, 16, dtype=torch.uint8), 5_000
+    args = AugmentationArguments(random_crop_padding=4, horizontal_flip=0.5, cutout_size=4)
+    augmenter = Augmenter(args, 0, (1.0,), lambda index: (images, index), count)
+    views = augmenter(images.expand(count, -1, -1, -1), torch.arange(count), 0)
+    covered, places = views.augmented[:, 0], torch.arange(16.0)
+    rows, columns = ((covered.sum(dim=d) * places).sum(dim=1) / covered.sum(dim=(1, 2)) for d in (2, 1))
+    geometry = (views.affine[:, 0, 0], views.affine[:, 0, 2], views.affine[:, 1, 2])
+    correlation = torch.corrcoef(torch.stack((rows, columns, *geometry)))
+    assert (correlation - torch.eye(5)).abs().max() < 5 / count**0.5
+
+
 @pytest.mark.parametrize("name", ["mixup", "cutmix", "both"])
 def test_the_own_share_is_the_share_of_the_image_that_is_its_own(name):
     args = {"both": AugmentationArguments(mixup_alpha=0.8, cutmix_alpha=1.0, mix_probability=0.7)}.get(name)

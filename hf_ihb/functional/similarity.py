@@ -121,8 +121,8 @@ def linear_cka(x: Tensor, y: Tensor, estimator: Estimator = "biased", *, mask: T
     if estimator not in ("biased", "debiased"):
         raise ValueError(f"estimator must be 'biased' or 'debiased', got {estimator!r}")
     with torch.autocast(x.device.type, enabled=False):
-        x, y = _centered(_float(x), mask), _centered(_float(y), mask)
-        y = y.to(x.dtype) if x.dtype == torch.float64 else y
+        dtype = torch.promote_types(_float(x).dtype, _float(y).dtype)
+        x, y = _centered(x.to(dtype), mask), _centered(y.to(dtype), mask)
         rows, width_x, width_y = x.shape[-2], x.shape[-1], y.shape[-1]
         if rows * (width_x + width_y) <= width_x**2 + width_y**2 + width_x * width_y:  # Gram form is cheaper
             gram_x, gram_y = x @ x.mT, y @ y.mT

@@ -6,6 +6,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.layers import DropPath
 from torch import Tensor, nn
 from transformers import (
@@ -70,8 +71,8 @@ def build_student(
     if architecture in _VITS:
         return _vit(args, architecture, labels, image_size), student_processor(mean, std, image_size)
     if architecture not in timm.list_models():
-        nearest = ", ".join((*_VITS, *timm.list_models(f"*{architecture.split('_')[0]}*_cifar")))
-        raise RecipeError(f"key 'architecture': expected {nearest} or a timm model, found '{architecture}'")
+        nearest = ", ".join((*_VITS, *timm.list_models("*_cifar*")))
+        raise RecipeError(f"key 'architecture': expected {nearest} or another timm model, found '{architecture}'")
     return _timm(args, architecture, labels, image_size, mean, std)
 
 
@@ -164,7 +165,7 @@ def _from_weights(args: ModelArguments, labels: dict) -> tuple[PreTrainedModel, 
             output_loading_info=True, dtype=torch.float32, **labels,
         )  # fmt: skip
         processor = AutoImageProcessor.from_pretrained(name, revision=args.model_revision or "main")
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelLoadError(f"model '{name}' could not be loaded: {' '.join(str(error).split())[:300]}") from error
     new = [*info["missing_keys"], *(k[0] if isinstance(k, tuple) else k for k in info["mismatched_keys"])]
     if fresh := sorted(k for k in new if not _is_head(k)):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoBackbone,
@@ -136,7 +137,7 @@ def load_teacher(args: TeacherArguments, label_names: Sequence[str], needs_logit
             dtype=torch.float32,
         )  # fmt: skip
         processor = AutoImageProcessor.from_pretrained(source, revision=revision)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
         raise ModelLoadError(f"teacher '{name}' could not be loaded: {' '.join(str(error).split())[:300]}") from error
     absent = sorted([*info["missing_keys"], *(k[0] if isinstance(k, tuple) else k for k in info["mismatched_keys"])])
     if not needs_logits:

@@ -166,9 +166,10 @@ def test_a_batch_of_feature_sets_is_scored_set_by_set(generator):
 @pytest.mark.parametrize("scale", [1.0, 1e-15, 1e15])
 @pytest.mark.parametrize("constant", [0.0, 1.0, 0.1])
 @pytest.mark.parametrize(("estimator", "value"), [("biased", 0.0), ("debiased", math.nan)])
-def test_constant_features_have_a_defined_value_and_no_gradient(generator, estimator, value, constant, scale):
-    x = torch.full((16, 8), constant * scale).requires_grad_()
-    y = randn(generator, 16, 8, dtype=torch.float32).requires_grad_()
+@pytest.mark.parametrize("rows", [16, 17])
+def test_constant_features_have_a_defined_value_and_no_gradient(generator, estimator, value, constant, scale, rows):
+    x = (constant * scale * torch.arange(1.0, 9.0)).repeat(rows, 1).requires_grad_()  # the mean of 17 rows is rounded
+    y = randn(generator, rows, 8, dtype=torch.float32).requires_grad_()
     for first, second in ((x, y), (y, x), (x, x)):
         x.grad = y.grad = None
         similarity = linear_cka(first, second, estimator)

@@ -1,6 +1,8 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from transformers import (
     ConvNextImageProcessor,
@@ -177,7 +179,12 @@ def test_patch_tokens_leave_the_prefix_out():
 
 @pytest.mark.parametrize(
     ("name", "path"),
-    [("deit", "deit.layernorm"), ("vit-headless", "layernorm"), ("dinov2", "layernorm"), ("timm-vit", "timm_model.norm")],
+    [
+        ("deit", "deit.layernorm"),
+        ("vit-headless", "layernorm"),
+        ("dinov2", "layernorm"),
+        ("timm-vit", "timm_model.norm"),
+    ],
 )
 def test_the_final_norm_of_a_vit_is_found(name, path):
     model = MODELS[name][0]()
@@ -212,8 +219,6 @@ def test_the_pixel_format_does_what_the_processor_does_to_images_of_its_size(nam
     processor = PROCESSORS[name]()
     images = torch.randint(256, (4, 3, 32, 32), generator=generator, dtype=torch.uint8)
     if name == "timm":
-        from PIL import Image
-
         pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
         expected = processor(pictures, return_tensors="pt")["pixel_values"]
     else:
@@ -225,11 +230,17 @@ def test_the_pixel_format_does_what_the_processor_does_to_images_of_its_size(nam
 
 def test_the_pixel_format_resizes_like_the_processor(generator):
     processor = student_processor([0.0] * 3, [1.0] * 3, (48, 40))
-    images = torch.randint(256, (4, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    coarse = 64 + 128 * torch.rand(
+        4, 3, 8, 8, generator=generator
+    )  # no overshoot, which the processor clips in between
+    images = F.interpolate(coarse, (32, 32), mode="bilinear").round().to(torch.uint8)
     expected = processor(list(images), return_tensors="pt")["pixel_values"]
     found = pixel_format(processor).apply(images.float() / 255)
     assert found.shape[-2:] == (48, 40)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1.01 / 255)  # the processor rounds to levels in between
+    torch.testing.assert_close(found, expected, rtol=0, atol=1.51 / 255)  # it rounds to levels twice
+    shrunk = student_processor([0.0] * 3, [1.0] * 3, (12, 16))
+    expected = shrunk(list(images), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixel_format(shrunk).apply(images.float() / 255), expected, rtol=0, atol=1.51 / 255)
 
 
 def test_the_processor_beside_a_student_keeps_its_mean_std_and_size():
