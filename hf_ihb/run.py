@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from hf_ihb.arguments import RunArguments
+from hf_ihb.checkpoint import HEADS_FILE
 from hf_ihb.data import ImageData
 from hf_ihb.errors import HfIhbError, RecipeError
 from hf_ihb.trainer import SupervisedTrainer
@@ -34,11 +35,11 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
     except HfIhbError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        # other processes of the run may wait in a collective; leave without the interpreter's own clean-up
         sys.stdout.flush()
-        os._exit(error.exit_code) if PartialState._shared_state and PartialState().num_processes > 1 else sys.exit(
-            error.exit_code
-        )
+        if torch.distributed.is_initialized():
+            # other processes may wait in a collective: leave without a clean-up that would wait for them
+            os._exit(error.exit_code)
+        sys.exit(error.exit_code)
 
 
 def resume_argument(args: TrainingArguments) -> str | bool | None:
@@ -54,23 +55,37 @@ def open_run(args: TrainingArguments, run_args: RunArguments) -> None:
         RecipeError: If the folder is a file, holds something that is not ours, or an earlier run that is neither
             resumed nor overwritten.
     """
-    folder, state = Path(args.output_dir), PartialState()
+    folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"key 'output_dir': expected a folder, found the file {folder}")
-    ours = (folder / RECIPE_FILE).is_file()
-    if folder.is_dir() and any(folder.iterdir()) and not ours:
+    if folder.is_dir() and any(folder.iterdir()) and not _is_run(folder):
         raise RecipeError(f"key 'output_dir': expected an empty or new folder, found {folder} with other content")
-    if ours and not resume_argument(args) and not run_args.overwrite_output_dir:
+    holds_weights = (folder / "model.safetensors").is_file() or any(folder.glob("checkpoint-*"))
+    if holds_weights and not resume_argument(args) and not run_args.overwrite_output_dir:
         raise RecipeError(
             f"key 'output_dir': expected an empty or new folder, found an earlier run in {folder}; go on with it by "
             "--resume_from_checkpoint true, or replace it by --overwrite_output_dir true"
         )
     if os.access(next(p for p in (folder, *folder.absolute().parents) if p.exists()), os.W_OK) is False:
         raise RecipeError(f"key 'output_dir': expected a folder that can be written to, found {folder}")
-    state.wait_for_everyone()
-    if ours and not resume_argument(args) and state.is_main_process:
-        shutil.rmtree(folder)
-    state.wait_for_everyone()
+    PartialState().wait_for_everyone()  # nobody writes before everybody has looked
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder holds a run of ours, judged by what its recipe.json says."""
+    try:
+        content = json.loads((folder / RECIPE_FILE).read_text("utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        return False
+    return isinstance(content, dict) and {"keys", "environment"} <= content.keys()
+
+
+def _clear_run(folder: Path) -> None:
+    """Removes what an earlier run of ours wrote, and nothing else."""
+    for path in (*folder.glob("checkpoint-*"), folder / HEADS_FILE.parent):
+        shutil.rmtree(path, ignore_errors=not path.exists())
+    for name in (RECIPE_FILE, HISTORY_FILE, EVALUATION_FILE, "model.safetensors"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def run_training(trainer: SupervisedTrainer, data: ImageData, recipe: Path, arguments: tuple[Any, ...]) -> dict:
@@ -88,6 +103,8 @@ def run_training(trainer: SupervisedTrainer, data: ImageData, recipe: Path, argu
     folder = Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
+        if not resume_argument(trainer.args):
+            _clear_run(folder)
         write_json(folder / RECIPE_FILE, resolved_recipe(trainer, data, recipe, arguments))
     result = trainer.train(resume_from_checkpoint=resume_argument(trainer.args))
     trainer.save_model()

@@ -83,6 +83,28 @@ def test_an_earlier_run_is_kept_unless_it_is_resumed_or_replaced(script, tmp_pat
     assert (tmp_path / "run" / "model.safetensors").read_bytes() != weights
 
 
+def test_a_run_that_failed_before_its_first_checkpoint_does_not_block_the_next(script, tmp_path):
+    failed = script("train.py", {**STUDENT, "per_device_train_batch_size": 500}, "--output_dir", "run")
+    assert failed.code == 3
+    assert "0 steps" in failed.stderr
+    assert script("train.py", STUDENT, "--output_dir", "run").code == 0
+
+
+def test_replacing_a_run_leaves_files_that_are_not_ours(script, tmp_path):
+    assert script("train.py", STUDENT, "--output_dir", "run").code == 0
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    (tmp_path / "run" / "checkpoint-99").mkdir()
+    assert script("train.py", STUDENT, "--output_dir", "run", "--overwrite_output_dir", "true").code == 0
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "run" / "checkpoint-99").exists()
+
+
+def test_a_folder_whose_recipe_is_somebodys_own_is_not_taken_for_a_run(script, tmp_path):
+    done = script("train.py", STUDENT, "--output_dir", ".", "--overwrite_output_dir", "true")
+    assert done.code == 2
+    assert "with other content" in done.stderr
+
+
 def test_a_folder_with_other_content_is_never_written_to(script, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("mine")

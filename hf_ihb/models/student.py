@@ -162,9 +162,11 @@ def _from_weights(args: ModelArguments, labels: dict) -> tuple[PreTrainedModel, 
     try:
         model, info = AutoModelForImageClassification.from_pretrained(
             name, revision=args.model_revision or "main", use_safetensors=True, ignore_mismatched_sizes=True,
-            output_loading_info=True, dtype=torch.float32, **labels,
+            output_loading_info=True, dtype=torch.float32, trust_remote_code=False, **labels,
         )  # fmt: skip
-        processor = AutoImageProcessor.from_pretrained(name, revision=args.model_revision or "main")
+        processor = AutoImageProcessor.from_pretrained(
+            name, revision=args.model_revision or "main", trust_remote_code=False
+        )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelLoadError(f"model '{name}' could not be loaded: {' '.join(str(error).split())[:300]}") from error
     new = [*info["missing_keys"], *(k[0] if isinstance(k, tuple) else k for k in info["mismatched_keys"])]

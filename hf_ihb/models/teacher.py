@@ -65,6 +65,8 @@ class Teacher:
     def to(self, device: torch.device) -> "Teacher":
         """Moves the model; returns itself."""
         self.model.to(device)
+        if self.permutation is not None:
+            self.permutation = self.permutation.to(device)
         return self
 
     def prepare(self, images: Tensor) -> Tensor:
@@ -86,7 +88,7 @@ class Teacher:
     def logits(self, pixel_values: Tensor) -> Tensor:
         """``(B, K)`` float32 class scores in the student's class order, of normalised ``(B, C, H, W)`` pixels."""
         logits = self.model(pixel_values=pixel_values, **self._kwargs(pixel_values)).logits.float()
-        return logits if self.permutation is None else logits[:, self.permutation.to(logits.device)]
+        return logits if self.permutation is None else logits[:, self.permutation]
 
     @torch.no_grad()
     def features(self, pixel_values: Tensor, layers: Sequence[int], apply_norm: bool = False) -> list[FeatureMap]:
@@ -128,15 +130,15 @@ def load_teacher(args: TeacherArguments, label_names: Sequence[str], needs_logit
     path = Path(name).expanduser()
     source = str(path) if path.is_dir() else name
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         auto = AutoModelForImageClassification
         if not needs_logits:
             auto = AutoModel if type(config) in MODEL_MAPPING else AutoBackbone
         model, info = auto.from_pretrained(
             source, config=config, revision=revision, use_safetensors=True, output_loading_info=True,
-            dtype=torch.float32,
+            dtype=torch.float32, trust_remote_code=False,
         )  # fmt: skip
-        processor = AutoImageProcessor.from_pretrained(source, revision=revision)
+        processor = AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
         raise ModelLoadError(f"teacher '{name}' could not be loaded: {' '.join(str(error).split())[:300]}") from error
     absent = sorted([*info["missing_keys"], *(k[0] if isinstance(k, tuple) else k for k in info["mismatched_keys"])])
