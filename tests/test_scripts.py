@@ -105,6 +105,12 @@ def test_a_folder_whose_recipe_is_somebodys_own_is_not_taken_for_a_run(script, t
     assert "with other content" in done.stderr
 
 
+def test_epochs_on_the_command_line_beat_the_recipes(script, tmp_path):
+    recipe = {**STUDENT, "max_steps": -1, "num_train_epochs": 5}
+    assert script("train.py", recipe, "--output_dir", "run", "--num_train_epochs", "1").code == 0
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["train_steps"] == 2  # 64 images by 32
+
+
 def test_a_folder_with_other_content_is_never_written_to(script, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("mine")

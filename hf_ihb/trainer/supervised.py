@@ -149,6 +149,8 @@ class SupervisedTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As `Trainer.training_step`, counting images."""
+        if missing := [key for key in ("pixel_values", "labels") if key not in inputs]:
+            raise DataError(f"training batch: expected '{missing[0]}', found {', '.join(inputs)}")
         self._window_images += len(inputs["labels"]) * self.args.world_size
         return super().training_step(model, inputs, num_items_in_batch)
 

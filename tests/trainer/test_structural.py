@@ -150,6 +150,14 @@ def test_every_parameter_gets_a_gradient_even_at_weight_zero(make_trainer):
     assert missing == []
 
 
+def test_both_heads_that_inference_averages_learn(make_trainer):
+    trainer = make_trainer(max_steps=2)
+    before = {name: tensor.clone() for name, tensor in trainer.student.state_dict().items()}
+    trainer.train()
+    for head in ("cls_classifier.weight", "distillation_classifier.weight"):
+        assert not torch.equal(trainer.student.state_dict()[head], before[head])
+
+
 def test_per_image_losses_do_not_care_how_a_batch_is_accumulated(make_trainer):
     augmentation = AugmentationArguments(
         random_crop_padding=3, horizontal_flip=0.5, cutmix_alpha=1.0, mix_probability=0.4

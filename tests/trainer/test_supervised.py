@@ -204,6 +204,13 @@ def test_a_batch_of_float_pixels_is_used_as_it_is(make_student, make_args):
 # ---- Numerics and data ----
 
 
+def test_a_batch_without_labels_is_named(make_student, make_args):
+    rows = [{"pixel_values": torch.zeros(3, 16, 16), "target": 0} for _ in range(32)]
+    trainer = SupervisedTrainer(make_student(), make_args(SupervisedTrainingArguments), train_dataset=rows)
+    with pytest.raises(DataError, match="expected 'labels', found pixel_values, target"):
+        trainer.train()
+
+
 def test_a_nan_loss_stops_before_the_optimizer_step(make_trainer):
     trainer = make_trainer(max_steps=4)
     before = []
