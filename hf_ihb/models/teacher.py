@@ -56,9 +56,9 @@ class Teacher:
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise NumericsError(f"teacher '{self.name}': expected finite weights, found NaN or Inf in {name}")
-        self.permutation = None
+        self.permutation: Tensor | None = None
         if label_names is not None:
-            self.permutation = _label_permutation(model.config, list(label_names), assume_same_order, self.name)
+            self.align_labels(label_names, assume_same_order)
         takes = inspect.signature(model.forward).parameters
         self._interpolates = "interpolate_pos_encoding" in takes
 
@@ -68,6 +68,19 @@ class Teacher:
         if self.permutation is not None:
             self.permutation = self.permutation.to(device)
         return self
+
+    def align_labels(self, label_names: Sequence[str], assume_same_order: bool = False) -> None:
+        """Brings the class scores into the order of `label_names`, by name.
+
+        Args:
+            label_names: Classes in the student's order.
+            assume_same_order: Trust the teacher's order where its names cannot tell.
+
+        Raises:
+            TeacherMismatchError: If number or names of the classes do not match.
+        """
+        permutation = _label_permutation(self.model.config, list(label_names), assume_same_order, self.name)
+        self.permutation = None if permutation is None else permutation.to(self.model.device)
 
     def prepare(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` float images in [0, 1] -> normalised pixels at the teacher's resolution."""
@@ -169,7 +182,7 @@ def _label_permutation(config: Any, names: list[str], assume_same_order: bool, t
     if len(positions) != len(names) or any(_plain(name) not in positions for name in names):
         raise TeacherMismatchError(
             f"teacher '{teacher}': expected the classes {_listed(names)}, found {_listed(theirs)}; if the order is the "
-            "same, say so with 'teacher_assume_same_label_order'"
+            "same, say so with 'teacher_assume_same_label_order', or give the student the teacher's id2label"
         )
     return torch.tensor([positions[_plain(name)] for name in names])
 

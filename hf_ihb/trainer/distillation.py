@@ -37,13 +37,13 @@ class DistillationTrainer(SupervisedTrainer):
         teacher_processor: Any = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(teacher_model, Teacher):
-            names = list(model.config.id2label.values()) if self.needs_logits and model is not None else None
-            pixels = None if teacher_processor is None else pixel_format(teacher_processor)
-            teacher_model = Teacher(teacher_model, pixels, names)
-        self.teacher = teacher_model
+        ready = isinstance(teacher_model, Teacher)
+        pixels = None if teacher_processor is None else pixel_format(teacher_processor)
+        self.teacher = teacher_model if ready else Teacher(teacher_model, pixels)
         super().__init__(model, args, *positional, **kwargs)
         self.teacher.to(self.args.device)
+        if self.needs_logits and not ready:
+            self.teacher.align_labels(list(self.student.config.id2label.values()))
         self._teacher_decisions: dict[int, tuple[Dataset, Tensor]] = {}
 
     def _teacher_pixels(self, inputs: dict[str, Any], views: Views | None) -> Tensor:

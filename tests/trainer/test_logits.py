@@ -172,6 +172,20 @@ def test_a_teacher_with_its_classes_in_another_order_is_read_by_name(make_traine
     assert scores[0] == scores[1] > 0.5
 
 
+@pytest.mark.parametrize("by_init", [False, True])
+def test_a_model_given_as_teacher_is_read_by_the_students_class_names(
+    by_init, make_student, make_teacher, make_args, train_split, processor
+):
+    student = make_student()
+    student.config.id2label = dict(enumerate(["blue", "dark", "red", "green"]))
+    given = {"model_init": lambda: student} if by_init else {"model": student}
+    trainer = LogitDistillationTrainer(
+        args=make_args(LogitDistillationTrainingArguments), train_dataset=train_split, processing_class=processor,
+        teacher_model=make_teacher().model, teacher_processor=processor, **given,
+    )  # fmt: skip
+    assert trainer.teacher.permutation.tolist() == [2, 3, 0, 1]
+
+
 def test_a_clean_view_contradicts_mixing(make_trainer):
     trainer = make_trainer(teacher_view="clean", augmentation=AugmentationArguments(mixup_alpha=0.5))
     with pytest.raises(RecipeError, match="teacher_view"):

@@ -128,6 +128,15 @@ def test_the_clean_view_is_misaligned_where_the_shared_one_is_not(make_trainer, 
     assert found["shared"] < 1e-5 < 1e-2 < found["clean"]
 
 
+@pytest.mark.parametrize("view", ["shared", "identical"])
+def test_mixed_images_leave_the_structural_losses_unless_the_teacher_sees_them_mixed(view, make_trainer):
+    trainer = make_trainer(augmentation=AugmentationArguments(mixup_alpha=1.0), teacher_view=view, max_steps=1)
+    trainer.train()
+    for name in ("cka_loss", "gram_loss", "token_loss"):
+        (value,) = entries(trainer, name)
+        assert value == 0 if view == "shared" else value > 0
+
+
 def test_warm_ups_raise_each_weight_linearly(make_trainer):
     trainer = make_trainer(cka_warmup_epochs=1.0, gram_weight=0.0, token_weight=0.0, max_steps=6)  # 4 steps an epoch
     trainer.train()

@@ -124,6 +124,31 @@ def test_training_logs_components_and_speed(make_trainer):
         assert entry["images_per_second"] > 0
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_each_epoch_has_views_of_its_own_the_same_for_any_batch(accumulation, make_trainer):
+    seen = []
+    trainer = make_trainer(
+        max_steps=-1, num_train_epochs=3, per_device_train_batch_size=32 // accumulation,
+        gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
+    augment = trainer._augment
+
+    def record(images, index):
+        views = augment(images, index)
+        seen.extend(zip(index.tolist(), views.augmented, strict=True))
+        return views
+
+    trainer._augment = record
+    trainer.train()
+    assert len(seen) == 3 * 128
+    for epoch in range(3):
+        views = dict(seen[128 * epoch : 128 * (epoch + 1)])
+        assert len(views) == 128
+        rows = torch.arange(128)
+        expected = trainer._augmenter(trainer.train_dataset.images, rows, epoch).augmented
+        assert torch.equal(torch.stack([views[row] for row in rows.tolist()]), expected)
+
+
 # ---- Evaluation ----
 
 
