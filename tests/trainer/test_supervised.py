@@ -110,6 +110,13 @@ def test_norms_biases_tokens_and_positions_are_not_decayed(make_trainer):
     assert all(name.endswith("weight") for name in decayed)
 
 
+def test_a_cnns_batch_norm_is_not_decayed(make_trainer):
+    args = ModelArguments(architecture="resnet18_cifar_w16")
+    trainer = make_trainer(build_student(args, list("abcd"), (16, 16), [0.5] * 3, [0.25] * 3)[0])
+    shapes = {name: parameter.ndim for name, parameter in trainer.model.named_parameters()}
+    assert {shapes[name] for name in trainer.get_decay_parameter_names(trainer.model)} == {2, 4}
+
+
 def test_sgd_takes_momentum_and_nesterov_from_optim_args(make_trainer):
     trainer = make_trainer(optim="sgd", optim_args="momentum=0.9, nesterov=true")
     group = trainer.create_optimizer().param_groups[0]
