@@ -1,6 +1,7 @@
 """Every key of a recipe: dataclasses with a help text, a unit and a range for each key of ours."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -264,6 +265,8 @@ class SupervisedTrainingArguments(_Checked, TrainingArguments):
         # ranks are given different seeds for drop path; the order of the data must not follow them
         if self.data_seed is None:
             self.data_seed = self.seed
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # pinning is for copies to an accelerator; without one torch only warns
 
 
 @dataclass
@@ -293,6 +296,17 @@ class LogitDistillationTrainingArguments(DistillationTrainingArguments):
     teacher_view: Literal["identical", "clean"] = key(
         "identical", "The teacher sees the student's augmented image ('identical') or the stored one ('clean')."
     )
+
+    def check_with(self, others: Iterable[Any]) -> None:
+        """Refuses what contradicts other arguments of the run.
+
+        Raises:
+            ValueError: If the teacher would see a clean image where the student sees two mixed ones.
+        """
+        if self.teacher_view == "clean" and any(isinstance(o, AugmentationArguments) and o.mixes for o in others):
+            raise ValueError(
+                "keys 'teacher_view' and 'mixup_alpha' or 'cutmix_alpha' contradict: a clean view is not mixed"
+            )
 
 
 @dataclass

@@ -98,6 +98,12 @@ def parse_recipe(argv: Sequence[str], *dataclasses: type, description: str | Non
         except (OSError, TypeError, ValueError) as error:
             origin = "command line" if any(f"'{name}'" in str(error) for name in given) else path
             raise RecipeError(f"{origin}: {_one_line(error)}") from error
+    for instance in instances:
+        if hasattr(instance, "check_with"):
+            try:
+                instance.check_with(instances)
+            except ValueError as error:
+                raise RecipeError(f"{path}: {_one_line(error)}") from error
     return tuple(instances)
 
 

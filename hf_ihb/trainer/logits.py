@@ -7,7 +7,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_ihb.arguments import LogitDistillationTrainingArguments
-from hf_ihb.errors import RecipeError, TeacherMismatchError
+from hf_ihb.errors import TeacherMismatchError
 from hf_ihb.losses import logit_distillation_loss, warmup_factor
 from hf_ihb.models.student import StudentOutput
 from hf_ihb.trainer.distillation import DistillationTrainer, spread
@@ -35,10 +35,6 @@ class LogitDistillationTrainer(DistillationTrainer):
         Raises:
             TeacherMismatchError: If the teacher's accuracy is at chance.
         """
-        if self.args.teacher_view == "clean" and self.augmentation.mixes:
-            raise RecipeError(
-                "keys 'teacher_view' and 'mixup_alpha'/'cutmix_alpha' contradict: a clean view is not mixed"
-            )
         self.teacher_accuracy = self.score_teacher()
         return super().train(*args, **kwargs)
 

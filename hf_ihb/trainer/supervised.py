@@ -97,6 +97,8 @@ class SupervisedTrainer(Trainer):
         if args.label_names is None:
             self.label_names = ["labels"]
         self.augmentation = augmentation or AugmentationArguments()
+        if hasattr(args, "check_with"):
+            args.check_with([self.augmentation])
         self._augmenter: Augmenter | None = None
         self._user_metrics, self.compute_metrics = self.compute_metrics, self._compute_metrics
         if (user_hook := self.preprocess_logits_for_metrics) is not None:
