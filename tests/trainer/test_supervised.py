@@ -3,9 +3,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 
-from hf_ihb.arguments import AugmentationArguments, SupervisedTrainingArguments
+from hf_ihb.arguments import AugmentationArguments, ModelArguments, SupervisedTrainingArguments
 from hf_ihb.data import ImageSplit
 from hf_ihb.errors import CheckpointError, DataError, NumericsError
+from hf_ihb.models.student import build_student
 from hf_ihb.trainer import SupervisedTrainer
 
 AUGMENT = AugmentationArguments(
@@ -280,9 +281,6 @@ def test_resuming_at_any_checkpoint_equals_never_stopping(architecture, make_tra
     def student():
         if architecture.startswith("resnet"):
             torch.manual_seed(0)
-            from hf_ihb.arguments import ModelArguments
-            from hf_ihb.models.student import build_student
-
             return build_student(
                 ModelArguments(architecture=architecture), list("abcd"), (16, 16), [0.5] * 3, [0.25] * 3
             )[0]
