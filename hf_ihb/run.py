@@ -40,6 +40,10 @@ def run_script(main: Callable[[list[str]], None]) -> None:
             # other processes may wait in a collective: leave without a clean-up that would wait for them
             os._exit(error.exit_code)
         sys.exit(error.exit_code)
+    if torch.distributed.is_initialized():
+        # left to the interpreter's exit, gloo's threads now and then abort a process that is done (SIGABRT)
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def resume_argument(args: TrainingArguments) -> str | bool | None:
