@@ -89,7 +89,8 @@ class StructuralDistillationTrainer(DistillationTrainer):
         count = 0
         for inputs in tqdm(loader, desc="Teacher statistics", disable=self._quiet):
             inputs = self._prepare_inputs(inputs)
-            tokens = [m.patch_tokens.double() for m in self._teacher_features(inputs, None)]
+            # float64 on the CPU: not every accelerator has it, and this is done once
+            tokens = [m.patch_tokens.cpu().double() for m in self._teacher_features(inputs, None)]
             sums = [[a + t.sum(0), b + t.square().sum(0)] for (a, b), t in zip(sums, tokens, strict=True)]
             count += len(tokens[0])
         statistics = []
@@ -98,7 +99,8 @@ class StructuralDistillationTrainer(DistillationTrainer):
             variance = (second / count - mean.square()).clamp_min(0).mean(dim=0)
             # a channel that never varies must not be divided by its rounding noise
             floor = 1e-6 * variance.max().sqrt().clamp_min(1e-12)
-            statistics.append((mean.float(), variance.sqrt().clamp_min(floor).float()))
+            std = variance.sqrt().clamp_min(floor)
+            statistics.append((mean.float().to(self.args.device), std.float().to(self.args.device)))
         return statistics
 
     def _teacher_features(self, inputs: dict[str, Any], views: Views | None) -> list[FeatureMap]:
