@@ -38,9 +38,7 @@ class StructuralDistillationTrainer(DistillationTrainer):
         students, teachers = self._probe(student, args)
         for layer, feature_map in zip(self._teacher_layers, teachers, strict=True):
             if feature_map.grid == (1, 1) and args.cka_scope == "tokens":
-                raise RecipeError(
-                    f"key 'teacher_layers': expected blocks with several tokens, found one in block {layer}"
-                )
+                raise RecipeError(f"key 'teacher_layers': expected several tokens, found one in block {layer}")
         self._grids = [m.grid for m in students]
         self._statistics: list[tuple[Tensor, Tensor]] | None = None
         projections = []
