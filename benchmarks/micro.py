@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="Seeds of data order, weights and views.")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="Which runs.")
     parser.add_argument("--outputs", type=Path, default=Path("outputs/micro"), help="Where the runs go.")
+    parser.add_argument("--note", help="A sentence for the results, such as what else the machine was doing.")
     args = parser.parse_args()
 
     runs = [run_arm(arm, seed, args.dataset_name, args.outputs) for seed in args.seeds for arm in args.arms]
@@ -76,6 +77,7 @@ def main() -> None:
         "",
         results_table(folders),
         "",
+        *([args.note, ""] if args.note else []),
         *gains(folders),
         "",
         "Commands:",
