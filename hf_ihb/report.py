@@ -11,7 +11,7 @@ _COLUMNS = (
     "run",
     "learned from",
     "parameters",
-    "images / epochs",
+    "images x epochs",
     "seed",
     "validation",
     "test",
