@@ -320,9 +320,10 @@ class StructuralDistillationTrainingArguments(DistillationTrainingArguments):
     cka_weight: float = key(0.0, "Weight of 1 - CKA.", within=NON_NEGATIVE)
     gram_weight: float = key(0.0, "Weight of the distance of token similarity matrices.", within=NON_NEGATIVE)
     token_weight: float = key(
-        0.0, "Weight of 1 - cosine of linearly mapped student tokens and standardised teacher tokens.",
+        0.0,
+        "Weight of 1 - cosine of linearly mapped student tokens and standardised teacher tokens.",
         within=NON_NEGATIVE,
-    )  # fmt: skip
+    )
     cka_warmup_epochs: float = key(0.0, "Warm-up of cka_weight.", within=NON_NEGATIVE, unit="epochs")
     gram_warmup_epochs: float = key(0.0, "Warm-up of gram_weight.", within=NON_NEGATIVE, unit="epochs")
     token_warmup_epochs: float = key(0.0, "Warm-up of token_weight.", within=NON_NEGATIVE, unit="epochs")
@@ -330,9 +331,11 @@ class StructuralDistillationTrainingArguments(DistillationTrainingArguments):
         [5, 8, 11], "Student blocks whose outputs are compared.", within=NON_NEGATIVE, unit="0-based block index"
     )
     teacher_layers: list[int] | None = key(
-        None, "Teacher blocks (CNN: stages), one for each student block; student_layers if not given.",
-        within=NON_NEGATIVE, unit="0-based block index",
-    )  # fmt: skip
+        None,
+        "Teacher blocks (CNN: stages), one for each student block; student_layers if not given.",
+        within=NON_NEGATIVE,
+        unit="0-based block index",
+    )
     cka_scope: Literal["tokens", "images"] = key(
         "tokens", "CKA over the tokens of each image, or over the images of the per-device batch (mean tokens)."
     )

@@ -254,8 +254,15 @@ def _open(record: dict[str, Any], where: str) -> Image.Image:
                 if image.width * image.height > MAX_PIXELS:
                     raise DataError(f"{where}: expected at most {MAX_PIXELS} px, found {image.width} x {image.height}")
                 return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombWarning,
-            Image.DecompressionBombError, UnidentifiedImageError) as error:  # fmt: skip
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        TypeError,
+        Image.DecompressionBombWarning,
+        Image.DecompressionBombError,
+        UnidentifiedImageError,
+    ) as error:
         raise DataError(f"{where}: the image cannot be decoded ({' '.join(str(error).split())[:120]})") from error
 
 

@@ -66,9 +66,13 @@ def parse_recipe(argv: Sequence[str], *dataclasses: type, description: str | Non
     """
     argv = list(argv)
     parser = _RecipeParser(
-        dataclasses, description=description, allow_abbrev=False, formatter_class=ArgumentDefaultsHelpFormatter,
-        conflict_handler="resolve", usage="%(prog)s RECIPE.json [--KEY VALUE ...]",
-    )  # fmt: skip
+        dataclasses,
+        description=description,
+        allow_abbrev=False,
+        formatter_class=ArgumentDefaultsHelpFormatter,
+        conflict_handler="resolve",
+        usage="%(prog)s RECIPE.json [--KEY VALUE ...]",
+    )
     if "-h" in argv or "--help" in argv:
         parser.print_help()
         raise SystemExit(0)

@@ -39,9 +39,15 @@ _VITS = {
 }
 # Parameters that are tokens or positions: never decayed, and drawn from a truncated normal rather than zero.
 TOKEN_PARAMETERS = (
-    "cls_token", "distillation_token", "dist_token", "mask_token", "register_tokens", "reg_token",
-    "position_embeddings", "pos_embed",
-)  # fmt: skip
+    "cls_token",
+    "distillation_token",
+    "dist_token",
+    "mask_token",
+    "register_tokens",
+    "reg_token",
+    "position_embeddings",
+    "pos_embed",
+)
 
 
 def _is_head(parameter: str) -> bool:
@@ -148,10 +154,14 @@ def _timm(
         model_args=model_args,
         # the wrapper's image processor is made from this
         pretrained_cfg={
-            "input_size": [len(mean), *size], "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": 1.0,
+            "input_size": [len(mean), *size],
+            "mean": mean,
+            "std": std,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
         },
         **labels,
-    )  # fmt: skip
+    )
     model = TimmWrapperForImageClassification(config)
     model.timm_model.load_state_dict(source.state_dict())  # the wrapper initialises convolutions like a transformer's
     return model, TimmWrapperImageProcessor(config.pretrained_cfg, architecture)
@@ -161,9 +171,15 @@ def _from_weights(args: ModelArguments, labels: dict) -> tuple[PreTrainedModel, 
     name = args.model_name_or_path
     try:
         model, info = AutoModelForImageClassification.from_pretrained(
-            name, revision=args.model_revision or "main", use_safetensors=True, ignore_mismatched_sizes=True,
-            output_loading_info=True, dtype=torch.float32, trust_remote_code=False, **labels,
-        )  # fmt: skip
+            name,
+            revision=args.model_revision or "main",
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            **labels,
+        )
         processor = AutoImageProcessor.from_pretrained(
             name, revision=args.model_revision or "main", trust_remote_code=False
         )

@@ -148,9 +148,14 @@ def load_teacher(args: TeacherArguments, label_names: Sequence[str], needs_logit
         if not needs_logits:
             auto = AutoModel if type(config) in MODEL_MAPPING else AutoBackbone
         model, info = auto.from_pretrained(
-            source, config=config, revision=revision, use_safetensors=True, output_loading_info=True,
-            dtype=torch.float32, trust_remote_code=False,
-        )  # fmt: skip
+            source,
+            config=config,
+            revision=revision,
+            use_safetensors=True,
+            output_loading_info=True,
+            dtype=torch.float32,
+            trust_remote_code=False,
+        )
         processor = AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
         raise ModelLoadError(f"teacher '{name}' could not be loaded: {' '.join(str(error).split())[:300]}") from error

@@ -103,8 +103,9 @@ class SupervisedTrainer(Trainer):
         self._user_metrics, self.compute_metrics = self.compute_metrics, self._compute_metrics
         if (user_hook := self.preprocess_logits_for_metrics) is not None:
             self.preprocess_logits_for_metrics = lambda outputs, labels: {
-                **outputs, "logits": user_hook(outputs["logits"], labels),
-            }  # fmt: skip
+                **outputs,
+                "logits": user_hook(outputs["logits"], labels),
+            }
         self._metric_sums: dict[str, list[float]] = {}
         self._reset_window()
         self._quiet = self.args.disable_tqdm or not self.is_world_process_zero()
