@@ -41,8 +41,13 @@ def run_script(main: Callable[[list[str]], None]) -> None:
             os._exit(error.exit_code)
         sys.exit(error.exit_code)
     if torch.distributed.is_initialized():
-        # left to the interpreter's exit, gloo's threads now and then abort a process that is done (SIGABRT)
         torch.distributed.barrier()
+        if torch.distributed.get_backend() == "gloo" and torch.distributed.get_rank() > 0:
+            # gloo's threads now and then abort a process that is done (SIGABRT), and the launcher then fails the run;
+            # a process that is not the main one has nothing left to do
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
         torch.distributed.destroy_process_group()
 
 
