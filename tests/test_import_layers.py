@@ -12,10 +12,10 @@ PACKAGE = Path(hf_ihb.__file__).parent
 LAYERS = (
     {"errors"},
     {"functional", "arguments", "plots"},
-    {"recipe", "data", "models", "losses", "metrics", "checkpoint", "model_card", "views"},
+    {"recipe", "data", "models", "losses", "metrics", "checkpoint", "model_card", "views", "report"},
     {"teacher_cache", "hub"},
     {"trainer"},
-    {"run", "evaluation", "analysis", "report"},
+    {"run", "evaluation", "analysis"},
 )
 
 
