@@ -75,7 +75,7 @@ def open_run(args: TrainingArguments, run_args: RunArguments) -> None:
             f"key 'output_dir': expected an empty or new folder, found an earlier run in {folder}; go on with it by "
             "--resume_from_checkpoint true, or replace it by --overwrite_output_dir true"
         )
-    if os.access(next(p for p in (folder, *folder.absolute().parents) if p.exists()), os.W_OK) is False:
+    if not os.access(next(p for p in (folder, *folder.absolute().parents) if p.exists()), os.W_OK):
         raise RecipeError(f"key 'output_dir': expected a folder that can be written to, found {folder}")
     PartialState().wait_for_everyone()  # nobody writes before everybody has looked
 
@@ -92,7 +92,8 @@ def _is_run(folder: Path) -> bool:
 def _clear_run(folder: Path) -> None:
     """Removes what an earlier run of ours wrote, and nothing else."""
     for path in (*folder.glob("checkpoint-*"), folder / HEADS_FILE.parent):
-        shutil.rmtree(path, ignore_errors=not path.exists())
+        if path.exists():
+            shutil.rmtree(path)
     for name in (RECIPE_FILE, HISTORY_FILE, EVALUATION_FILE, "model.safetensors"):
         (folder / name).unlink(missing_ok=True)
 
