@@ -8,7 +8,6 @@ table of what there is.
 
 import argparse
 import datetime
-import json
 import shlex
 import statistics
 import subprocess
@@ -81,7 +80,7 @@ def interval(values: list[float]) -> str:
 def table(runs: dict[tuple[str, int], dict[str, Any]]) -> list[str]:
     """One row an arm: accuracies over seeds, and the gain over the control of the same seed."""
     lines = [
-        "| arm | learned from | parameters | test accuracy by seed | mean | std | gain over the control, 95 % interval |",
+        "| arm | learned from | parameters | test accuracy by seed | mean | std | gain over control, 95 % interval |",
         "|---|---|---|---|---|---|---|",
     ]
     accuracy = {key: 100 * run["evaluation"]["test"]["accuracy"] for key, run in runs.items()}

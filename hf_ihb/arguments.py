@@ -54,12 +54,29 @@ TRAINING_RANGES = {
 }
 
 
-def key(default: Any, help: str, *, within: Range | None = None, unit: str | None = None) -> Any:
-    """A dataclass field of a recipe; range and unit are checked and shown by ``--help``."""
+def key(
+    default: Any,
+    help: str,
+    *,
+    within: Range | None = None,
+    unit: str | None = None,
+    published: dict[Any, str] | None = None,
+) -> Any:
+    """A dataclass field of a recipe.
+
+    Args:
+        default: Its default.
+        help: What it does, for ``--help``.
+        within: Range that is checked.
+        unit: Unit, for ``--help``.
+        published: Values that repeat a flaw of the published study, each with what is wrong; a run says so once.
+    """
     notes = "; ".join(str(note) for note in (unit, within) if note)
-    metadata = {"help": f"{help} ({notes})" if notes else help}
+    metadata: dict[str, Any] = {"help": f"{help} ({notes})" if notes else help}
     if within is not None:
         metadata["range"] = within
+    if published is not None:
+        metadata["published"] = published
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -77,6 +94,18 @@ def out_of_range(dataclass_type: type, name: str, value: Any) -> Range | None:
     values = value if isinstance(value, (list, tuple)) else [value]
     numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
     return allowed if allowed is not None and any(v not in allowed for v in numbers) else None
+
+
+def published_flaws(instances: Iterable[Any]) -> list[str]:
+    """One line for each key whose value repeats a flaw of the published study."""
+    found = []
+    for instance in instances:
+        for f in fields(instance):
+            value = getattr(instance, f.name)
+            for flawed, reason in f.metadata.get("published", {}).items():
+                if value == flawed:
+                    found.append(f"{f.name}={flawed} repeats a flaw of the published study: {reason}")
+    return found
 
 
 class _Checked:
@@ -133,6 +162,12 @@ class DataArguments(_Checked):
     image_size: int | None = key(
         None, "Side of the decoded images; the size of the first image if not given.", within=AT_LEAST_ONE, unit="px"
     )
+    color_mode: Literal["rgb", "grayscale"] = key("rgb", "Decode images to three channels or to one.")
+    selection_split: Literal["validation", "test"] = key(
+        "validation",
+        "What epochs are compared on. 'test' holds no training images out and selects on the test split.",
+        published={"test": "epochs are selected, and training is stopped, on the images that are reported"},
+    )
 
 
 @dataclass
@@ -145,8 +180,35 @@ class AugmentationArguments(_Checked):
         0, "Zero padding on each side before a random crop of the original size.", within=NON_NEGATIVE, unit="px"
     )
     horizontal_flip: float = key(0.0, "Probability of a horizontal flip.", within=FRACTION)
+    rotation_degrees: float = key(
+        0.0, "Random rotation, uniform between -x and x.", within=Range(0, 180), unit="degrees"
+    )
+    translate_fraction: float = key(
+        0.0, "Random shift along each axis, uniform between -x and x, as a share of the side.", within=FRACTION
+    )
+    scale_jitter: float = key(0.0, "Random scale, uniform between 1 - x and 1 + x.", within=FRACTION_BELOW_ONE)
+    shear_degrees: float = key(
+        0.0, "Random horizontal shear, uniform between -x and x.", within=Range(0, 90, high_open=True), unit="degrees"
+    )
+    brightness: float = key(0.0, "Brightness factor, uniform between 1 - x and 1 + x.", within=FRACTION)
+    contrast: float = key(0.0, "Contrast factor, uniform between 1 - x and 1 + x.", within=FRACTION)
+    saturation: float = key(0.0, "Saturation factor, uniform between 1 - x and 1 + x.", within=FRACTION)
+    hue: float = key(0.0, "Hue shift, uniform between -x and x.", within=Range(0, 0.5), unit="turns of the hue circle")
+    auto_augment: Literal["none", "randaugment", "autoaugment_cifar10", "trivialaugment_wide"] = key(
+        "none", "Policy of random operations."
+    )
+    randaugment_num_ops: int = key(2, "Operations RandAugment applies to an image.", within=AT_LEAST_ONE)
+    randaugment_magnitude: int = key(9, "Strength of RandAugment, one of 31 bins.", within=Range(0, 30))
+    interpolation: Literal["nearest", "bilinear"] = key(
+        "bilinear", "How rotations, shears, shifts and scalings resample; the published runs used 'nearest'."
+    )
     cutout_size: int = key(
         0, "Side of one square covered with the mean colour, clipped at the border.", within=NON_NEGATIVE, unit="px"
+    )
+    random_erasing: float = key(
+        0.0,
+        "Probability of covering one rectangle (2 to 33 % of the area, aspect ratio 0.3 to 3.3) with the mean colour.",
+        within=FRACTION,
     )
     mixup_alpha: float = key(0.0, "MixUp: Beta parameter of the mixing weight; 0 turns it off.", within=NON_NEGATIVE)
     cutmix_alpha: float = key(0.0, "CutMix: Beta parameter of the box's area; 0 turns it off.", within=NON_NEGATIVE)
@@ -169,21 +231,54 @@ class ModelArguments(_Checked):
 
     architecture: str | None = key(
         None,
-        "From scratch: 'deit' (if not given: cls and distillation heads, averaged at inference), 'deit_cls' (read at "
-        "the cls token), 'vit' (no distillation token), or the name of a timm model such as 'resnet18_cifar'.",
+        "From scratch: 'deit' (if not given: cls and distillation tokens and heads), 'deit_cls' (one head, at the cls "
+        "token), 'vit' (no distillation token), 'adaptive_cnn', 'convnextv2' (patch 2, for small images), or the name "
+        "of a timm model such as 'resnet18_cifar'.",
     )
     model_name_or_path: str | None = key(
-        None, "Start from these weights (Hub id or folder) instead of from scratch; only the head is new."
+        None,
+        "Start from these weights (Hub id or folder) instead of from scratch; only the head is new (with architecture "
+        "'convnextv2' the stem too, where its patch differs).",
     )
     model_revision: str | None = key(None, "Branch, tag or commit of those weights on the Hub.")
     hidden_size: int | None = key(None, "Width of a ViT from scratch; 192 if not given.", within=AT_LEAST_ONE)
     num_hidden_layers: int | None = key(None, "Blocks of a ViT from scratch; 12 if not given.", within=AT_LEAST_ONE)
     num_attention_heads: int | None = key(None, "Heads of a ViT from scratch; 3 if not given.", within=AT_LEAST_ONE)
     intermediate_size: int | None = key(
-        None, "MLP width of a ViT from scratch; 4 x hidden_size if not given.", within=AT_LEAST_ONE
+        None, "MLP width of a ViT from scratch; mlp_ratio x hidden_size if not given.", within=AT_LEAST_ONE
+    )
+    mlp_ratio: float | None = key(
+        None, "MLP width of a ViT from scratch as a multiple of hidden_size; 4 if not given.", within=POSITIVE
     )
     patch_size: int | None = key(
-        None, "Side of a patch of a ViT from scratch; 4 if not given.", within=AT_LEAST_ONE, unit="px"
+        None,
+        "Side of a patch from scratch; 4 for a ViT and 2 for 'convnextv2' if not given.",
+        within=AT_LEAST_ONE,
+        unit="px",
+    )
+    hidden_sizes: list[int] | None = key(
+        None, "Width of each stage of 'adaptive_cnn' or 'convnextv2'; the study's if not given.", within=AT_LEAST_ONE
+    )
+    depths: list[int] | None = key(
+        None, "Blocks of each stage of 'adaptive_cnn' or 'convnextv2'; the study's if not given.", within=AT_LEAST_ONE
+    )
+    conv_stem: bool = key(
+        False, "DeiT: two 3 x 3 convolutions at full resolution before the patches; a registered model of ours."
+    )
+    layer_scale_init: float | None = key(
+        None,
+        "DeiT: LayerScale on both residual branches, from this value; a registered model of ours.",
+        within=POSITIVE,
+    )
+    cls_token_dropout: float = key(
+        0.0,
+        "DeiT: probability that the final cls token of a training image is replaced by the mean of its patch tokens.",
+        within=FRACTION_BELOW_ONE,
+    )
+    inference_head: Literal["average", "cls", "distillation"] = key(
+        "average",
+        "DeiT: what the saved model answers with. 'cls' is saved as a DeiT with one head, 'distillation' as a "
+        "registered model of ours.",
     )
     drop_path_rate: float = key(
         0.0, "Stochastic depth: drop rate of the last block, rising linearly from 0.", within=FRACTION_BELOW_ONE
@@ -198,8 +293,14 @@ class ModelArguments(_Checked):
                 "num_hidden_layers",
                 "num_attention_heads",
                 "intermediate_size",
+                "mlp_ratio",
                 "patch_size",
+                "hidden_sizes",
+                "depths",
+                "layer_scale_init",
             )
+            if self.architecture == "convnextv2":  # the weights' stages behind a stem for small images
+                shape = tuple(name for name in shape if name not in ("architecture", "patch_size"))
             if given := [name for name in shape if getattr(self, name) is not None]:
                 raise ValueError(f"keys 'model_name_or_path' and '{given[0]}' contradict: the weights fix the shape")
         elif self.hidden_size is not None or self.num_attention_heads is not None:
@@ -208,6 +309,8 @@ class ModelArguments(_Checked):
                 raise ValueError(
                     f"key 'hidden_size': expected a multiple of num_attention_heads={heads}, found {width}"
                 )
+        if self.mlp_ratio is not None and self.intermediate_size is not None:
+            raise ValueError("keys 'mlp_ratio' and 'intermediate_size' contradict: both fix the MLP's width")
 
 
 @dataclass
@@ -223,6 +326,16 @@ class TeacherArguments(_Checked):
         "Side of the images the teacher sees; its image processor's if not given.",
         within=AT_LEAST_ONE,
         unit="px",
+    )
+    teacher_normalization: Literal["own", "dataset"] = key(
+        "own",
+        "Mean and standard deviation of the teacher's pixels: its own image processor's, or those of the data set.",
+        published={"dataset": "the teacher sees colours shifted from those it was trained on"},
+    )
+    teacher_control: Literal["none", "untrained", "shuffled"] = key(
+        "none",
+        "Controls: 'untrained' draws the teacher's weights anew from `seed`; 'shuffled' shows it the next image of the "
+        "per-device batch instead of the student's.",
     )
     teacher_assume_same_label_order: bool = key(
         False, "Trust that the teacher's classes are in the data set's order where its names cannot tell."
@@ -258,10 +371,53 @@ class SupervisedTrainingArguments(_Checked, TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Passed to DistributedDataParallel; every parameter gets a gradient here."}
     )
+    weight_decay_scope: Literal["weights", "all"] = key(
+        "weights",
+        "'weights': no decay on norms, biases, tokens and positions; 'all': on every parameter.",
+        published={"all": "norms, biases, tokens and positions are decayed"},
+    )
+    ema_decay: float = key(
+        0.0,
+        "Decay of a moving average of the weights, per optimizer step; the average is evaluated and saved. It rises as "
+        "(1 + step) / (10 + step) up to this value. 0 turns it off.",
+        within=FRACTION_BELOW_ONE,
+    )
+    swa_start: float | None = key(
+        None,
+        "SWA: share of training after which the weights at the end of each epoch are averaged; the average is "
+        "evaluated and saved.",
+        within=FRACTION_BELOW_ONE,
+    )
+    swa_learning_rate: float | None = key(
+        None,
+        "SWA: learning rate that is approached over ten epochs from its start and then held; the schedule goes on as "
+        "it is if not given.",
+        within=NON_NEGATIVE,
+    )
+    early_stopping_patience: int | None = key(
+        None,
+        "Stop after so many evaluations in which metric_for_best_model has not improved.",
+        within=AT_LEAST_ONE,
+        unit="evaluations",
+    )
+    early_stopping_threshold: float = key(
+        0.0, "How much it must improve to count.", within=NON_NEGATIVE, unit="the metric's own"
+    )
 
     def __post_init__(self) -> None:
         _Checked.__post_init__(self)
         TrainingArguments.__post_init__(self)
+        if self.ema_decay > 0 and self.swa_start is not None:
+            raise ValueError("keys 'ema_decay' and 'swa_start' contradict: one average is evaluated and saved")
+        if self.swa_learning_rate is not None and self.swa_start is None:
+            raise ValueError("key 'swa_learning_rate': expected 'swa_start' with it, found none")
+        if self.early_stopping_patience is not None and (
+            self.eval_strategy == "no" or self.metric_for_best_model is None
+        ):
+            raise ValueError(
+                "key 'early_stopping_patience': expected 'eval_strategy' and 'metric_for_best_model' with it, found "
+                f"{self.eval_strategy} and {self.metric_for_best_model}"
+            )
         # ranks are given different seeds for drop path; the order of the data must not follow them
         if self.data_seed is None:
             self.data_seed = self.seed
@@ -285,7 +441,19 @@ class LogitDistillationTrainingArguments(DistillationTrainingArguments):
     _argument_group_name = "training (method: logits)"
 
     method: Literal["logits"] = key("logits", "Learn from the teacher's class scores.")
-    alpha: float = key(0.5, "Weight of the distillation loss; the task loss gets 1 - alpha.", within=FRACTION)
+    alpha: float = key(
+        0.5,
+        "Weight of the distillation loss (with a schedule: at the end); the task loss gets 1 - alpha.",
+        within=FRACTION,
+    )
+    alpha_schedule: Literal["constant", "linear", "cosine"] = key(
+        "constant", "How alpha goes from alpha_start to alpha between the warm-up and the end of training."
+    )
+    alpha_start: float = key(0.0, "Where a linear or cosine alpha_schedule begins.", within=FRACTION)
+    distilled_heads: Literal["distillation", "both"] = key(
+        "distillation",
+        "'distillation': labels teach the cls head and the teacher the distillation head; 'both': both teach both.",
+    )
     temperature: float = key(1.0, "Softmax temperature of student and teacher.", within=POSITIVE, unit="dimensionless")
     distillation_type: Literal["soft", "hard"] = key(
         "soft", "'soft': temperature^2 x KL divergence; 'hard': cross-entropy to the teacher's decision."
@@ -324,9 +492,16 @@ class StructuralDistillationTrainingArguments(DistillationTrainingArguments):
         "Weight of 1 - cosine of linearly mapped student tokens and standardised teacher tokens.",
         within=NON_NEGATIVE,
     )
+    relation_weight: float = key(
+        0.0,
+        "Weight of the divergence between the similarities of each image to the others of the batch (mean tokens of "
+        "the deepest pair of layers, after both final norms).",
+        within=NON_NEGATIVE,
+    )
     cka_warmup_epochs: float = key(0.0, "Warm-up of cka_weight.", within=NON_NEGATIVE, unit="epochs")
     gram_warmup_epochs: float = key(0.0, "Warm-up of gram_weight.", within=NON_NEGATIVE, unit="epochs")
     token_warmup_epochs: float = key(0.0, "Warm-up of token_weight.", within=NON_NEGATIVE, unit="epochs")
+    relation_warmup_epochs: float = key(0.0, "Warm-up of relation_weight.", within=NON_NEGATIVE, unit="epochs")
     student_layers: list[int] = key(
         [5, 8, 11], "Student blocks whose outputs are compared.", within=NON_NEGATIVE, unit="0-based block index"
     )
@@ -336,20 +511,54 @@ class StructuralDistillationTrainingArguments(DistillationTrainingArguments):
         within=NON_NEGATIVE,
         unit="0-based block index",
     )
-    cka_scope: Literal["tokens", "images"] = key(
-        "tokens", "CKA over the tokens of each image, or over the images of the per-device batch (mean tokens)."
+    cka_scope: Literal["tokens", "pooled", "images"] = key(
+        "tokens",
+        "CKA over the tokens of each image; over all tokens of the batch, pooled; or over its images (mean tokens). "
+        "The batch is that of all processes; gradient accumulation does not widen it.",
     )
-    cka_estimator: Literal["biased", "debiased"] = key("debiased", "Estimator of CKA.")
+    cka_estimator: Literal["biased", "debiased", "published"] = key(
+        "debiased",
+        "Estimator of CKA; 'published' is the biased one of L2-normalised tokens with an absolute epsilon.",
+        published={"published": "the epsilon drowns the value where the tokens of an image are alike"},
+    )
+    cka_kernel: Literal["linear", "rbf"] = key("linear", "Kernel of CKA; 'rbf' not with cka_scope 'pooled'.")
+    rbf_bandwidth: float = key(
+        1.0, "Width of the RBF kernel as a multiple of the median distance.", within=POSITIVE, unit="median distances"
+    )
+    gram_normalization: Literal["mean_square", "published"] = key(
+        "mean_square",
+        "Gram loss: squared differences over N^2 entries, or the published Frobenius norm over N^2.",
+        published={"published": "the loss is about 0.001 and has no gradient to speak of"},
+    )
+    relation_temperature: float = key(
+        0.1, "Softmax temperature of the relation loss.", within=POSITIVE, unit="dimensionless"
+    )
+    relation_include_self: bool = key(
+        False,
+        "Relation loss: keep each image's similarity to itself, which is always 1.",
+        published={True: "the softmax is nearly one-hot at the image itself"},
+    )
     center_positions: bool = key(
         True,
         "Remove position codes before CKA and Gram: the mean over the training images from the teacher's tokens, the "
-        "mean over the per-device batch from the student's.",
+        "mean over the batch of all processes from the student's.",
+    )
+    teacher_projector: Literal["none", "trainable"] = key(
+        "none",
+        "'trainable': MLP heads on both sides, one pair for each layer and loss, before token, CKA and Gram losses.",
+        published={"trainable": "the teacher's heads are trained too, so the loss can be met without any content"},
+    )
+    task_heads: Literal["inference", "cls"] = key(
+        "inference",
+        "Heads that the labels teach: those that inference uses, or the cls head alone.",
+        published={"cls": "the distillation head stays random and is averaged in at inference"},
     )
     teacher_norm: bool = key(False, "Apply the teacher's final norm to the output of every block, as DINOv2 does.")
     teacher_view: Literal["shared", "clean", "identical"] = key(
         "shared",
         "'shared': the teacher sees the stored image and its tokens follow the student's crop and flip; 'clean': they "
         "do not; 'identical': it sees the student's augmented image.",
+        published={"clean": "student and teacher tokens that are compared look at different places"},
     )
     teacher_statistics_samples: int = key(
         1024, "Training images from which the teacher's feature statistics are taken.", within=Range(2), unit="images"
@@ -364,7 +573,14 @@ class StructuralDistillationTrainingArguments(DistillationTrainingArguments):
             )
         if not self.student_layers:
             raise ValueError("key 'student_layers': expected at least one block, found []")
-        if self.cka_weight == self.gram_weight == self.token_weight == 0:
+        if self.cka_weight == self.gram_weight == self.token_weight == self.relation_weight == 0:
             raise ValueError(
-                "keys 'cka_weight', 'gram_weight' and 'token_weight': expected one of them to be > 0, found 0"
+                "keys 'cka_weight', 'gram_weight', 'token_weight' and 'relation_weight': expected one of them to be "
+                "> 0, found 0"
+            )
+        if self.cka_kernel == "rbf" and self.cka_scope == "pooled":
+            raise ValueError("keys 'cka_kernel' and 'cka_scope' contradict: an RBF kernel of all tokens has no room")
+        if self.cka_estimator == "published" and (self.cka_scope == "pooled" or self.cka_kernel == "rbf"):
+            raise ValueError(
+                "keys 'cka_estimator' and 'cka_scope' contradict: 'published' compares tokens or images, linearly"
             )

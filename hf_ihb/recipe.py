@@ -25,7 +25,7 @@ _ARTICLES = {bool: "true or false", int: "an integer", float: "a number", str: "
 
 
 class _RecipeParser(HfArgumentParser):
-    """Turns argparse's usage errors into one line and keeps ranges, which argparse does not know, out of it."""
+    """Turns argparse's usage errors into one line and keeps what argparse does not know out of it."""
 
     def error(self, message: str) -> NoReturn:
         found = re.search(r"argument --(\w+)[^:]*: (?:invalid \w+(?: value)?: )?(.*)", message)
@@ -44,7 +44,7 @@ class _RecipeParser(HfArgumentParser):
     @staticmethod
     def _parse_dataclass_field(parser: ArgumentParser, field: Field) -> None:
         plain = copy.copy(field)
-        plain.metadata = {name: value for name, value in field.metadata.items() if name != "range"}
+        plain.metadata = {name: value for name, value in field.metadata.items() if name not in ("range", "published")}
         HfArgumentParser._parse_dataclass_field(parser, plain)
 
 

@@ -1,14 +1,13 @@
 """Students (and CNNs trained as teachers): built from a recipe, saved as plain Hub models."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import timm
 import torch
 from safetensors import SafetensorError
 from timm.layers import DropPath
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -24,12 +23,10 @@ from transformers import (
 from transformers.models.deit.modeling_deit import DeiTLayer
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 from transformers.models.vit.modeling_vit import ViTLayer
-from transformers.utils import ModelOutput
 
 import hf_ihb.models.timm_cifar  # noqa: F401  registers resnet18_cifar
 from hf_ihb.arguments import ModelArguments
 from hf_ihb.errors import ModelLoadError, RecipeError
-from hf_ihb.models.features import extract_features
 from hf_ihb.models.processing import student_processor
 
 _VITS = {
@@ -190,68 +187,6 @@ def _from_weights(args: ModelArguments, labels: dict) -> tuple[PreTrainedModel, 
         raise ModelLoadError(f"model '{name}': expected every weight but the head's, found none that fits {fresh[0]}")
     apply_drop_path(model, args.drop_path_rate)
     return model, processor
-
-
-@dataclass
-class StudentOutput(ModelOutput):
-    """What losses need of a student.
-
-    Attributes:
-        logits: ``(B, K)`` what the saved model returns; the mean of both heads where there are two.
-        cls_logits: ``(B, K)`` of the cls head, None with one head.
-        distillation_logits: ``(B, K)`` of the distillation head, None with one head.
-        features: Patch tokens ``(B, N, D)`` of the chosen layers.
-        projected: The same, mapped to the teacher's width by the student-side heads.
-    """
-
-    logits: Tensor | None = None
-    cls_logits: Tensor | None = None
-    distillation_logits: Tensor | None = None
-    features: tuple[Tensor, ...] | None = None
-    projected: tuple[Tensor, ...] | None = None
-
-    @property
-    def heads(self) -> list[Tensor]:
-        """Logits of each head that inference uses."""
-        return [self.logits] if self.cls_logits is None else [self.cls_logits, self.distillation_logits]
-
-
-class StudentModule(PreTrainedModel):
-    """Student and student-side heads as one module, so that wrapping, clipping and compiling see one model.
-
-    Args:
-        student: Any image classifier of transformers; it is saved, alone, in its own format.
-        layers: 0-based blocks whose patch tokens the forward returns.
-        projections: For each layer a linear map to the teacher's width, or none.
-    """
-
-    base_model_prefix = "student"
-    main_input_name = "pixel_values"
-    accepts_loss_kwargs = False
-    supports_gradient_checkpointing = True
-    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
-
-    def __init__(
-        self, student: PreTrainedModel, layers: Sequence[int] = (), projections: Sequence[nn.Module] = ()
-    ) -> None:
-        super().__init__(student.config)
-        self.student = student
-        self.layers = tuple(layers)
-        self.projections = nn.ModuleList(projections)
-        self._no_split_modules = getattr(student, "_no_split_modules", None)
-
-    def forward(self, pixel_values: Tensor) -> StudentOutput:
-        """``(B, C, H, W)`` normalised images -> everything the losses need."""
-        outputs, maps = extract_features(self.student, pixel_values, self.layers)
-        features = tuple(m.patch_tokens for m in maps)
-        projected = tuple(project(x) for project, x in zip(self.projections, features, strict=False))
-        return StudentOutput(
-            logits=outputs.logits,
-            cls_logits=getattr(outputs, "cls_logits", None),
-            distillation_logits=getattr(outputs, "distillation_logits", None),
-            features=features or None,
-            projected=projected or None,
-        )
 
 
 def input_size(model: PreTrainedModel) -> tuple[int, int] | None:

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from hf_ihb.arguments import LogitDistillationTrainingArguments
 from hf_ihb.errors import TeacherMismatchError
 from hf_ihb.losses import logit_distillation_loss, warmup_factor
-from hf_ihb.models.student import StudentOutput
+from hf_ihb.models.module import StudentOutput
 from hf_ihb.trainer.distillation import DistillationTrainer, spread
 from hf_ihb.views import Views
 

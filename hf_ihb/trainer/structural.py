@@ -14,7 +14,7 @@ from hf_ihb.functional.augment import identity_affine
 from hf_ihb.functional.tokens import resample_tokens
 from hf_ihb.losses import TokenPair, structural_losses, warmup_factor
 from hf_ihb.models.features import FeatureMap, extract_features
-from hf_ihb.models.student import StudentModule, StudentOutput
+from hf_ihb.models.module import StudentModule, StudentOutput
 from hf_ihb.trainer.distillation import DistillationTrainer, spread
 from hf_ihb.views import Views
 

@@ -22,8 +22,9 @@ from hf_ihb.checkpoint import load_module, newest_checkpoint, save_module
 from hf_ihb.data import collate_images
 from hf_ihb.errors import CheckpointError, DataError, NumericsError
 from hf_ihb.losses import task_loss
+from hf_ihb.models.module import StudentModule, StudentOutput
 from hf_ihb.models.processing import pixel_format
-from hf_ihb.models.student import TOKEN_PARAMETERS, StudentModule, StudentOutput, input_size
+from hf_ihb.models.student import TOKEN_PARAMETERS, input_size
 from hf_ihb.views import Augmenter, Views, as_float, class_targets
 
 
@@ -162,7 +163,9 @@ class SupervisedTrainer(Trainer):
     ) -> Any:
         """Training: the weighted losses. Evaluation: unsmoothed cross-entropy of the logits that inference returns."""
         pixel_values, views = self._student_view(inputs, train=model.training)
-        outputs: StudentOutput = model(pixel_values=pixel_values)
+        outputs: StudentOutput = model(
+            pixel_values=pixel_values, **self._forward_arguments(inputs, views, model.training)
+        )
         labels, num_labels = inputs.get("labels"), outputs.logits.shape[1]
         if not model.training:
             loss = None
@@ -173,6 +176,10 @@ class SupervisedTrainer(Trainer):
         loss, components = self.training_losses(outputs, targets, inputs, views)
         self._record(loss, components)
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
+
+    def _forward_arguments(self, inputs: dict[str, Any], views: Views | None, train: bool) -> dict[str, Any]:
+        """What the wrapped module's forward takes beside the pixels."""
+        return {}
 
     def training_losses(
         self, outputs: StudentOutput, targets: Tensor, inputs: dict[str, Any], views: Views | None

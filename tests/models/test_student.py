@@ -8,8 +8,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Re
 from hf_ihb.arguments import ModelArguments
 from hf_ihb.errors import ModelLoadError, RecipeError
 from hf_ihb.models.features import extract_features
+from hf_ihb.models.module import StudentModule
 from hf_ihb.models.processing import pixel_format
-from hf_ihb.models.student import StudentModule, apply_drop_path, build_student, init_tokens, input_size
+from hf_ihb.models.student import apply_drop_path, build_student, init_tokens, input_size
 
 NAMES = [f"class {i}" for i in range(10)]
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
