@@ -214,7 +214,7 @@ def test_a_key_given_twice_is_refused():
         ("student_layers", 3, "expected a list, each item an integer >= 0, found 3"),
         ("student_layers", [1, "2"], "expected a list, each item an integer >= 0, found [1, \"2\"]"),
         ("student_layers", [True], "expected a list, each item an integer >= 0, found [true]"),
-        ("cka_scope", "token", "expected one of tokens, images, found \"token\""),
+        ("cka_scope", "token", "expected one of tokens, pooled, images, found \"token\""),
         ("method", "logits", "expected one of structural, found \"logits\""),
         ("output_dir", 5, "expected a string, found 5"),
         ("dataset_name", ["a"], "expected a string, found [\"a\"]"),
@@ -360,7 +360,7 @@ def test_the_command_line_is_checked_like_the_recipe(cli, name, found):
 @pytest.mark.parametrize(
     ("cli", "name", "expected"),
     [
-        (("--cka_scope", "token"), "cka_scope", "expected one of tokens, images, found"),
+        (("--cka_scope", "token"), "cka_scope", "expected one of tokens, pooled, images, found"),
         (("--center_positions", "maybe"), "center_positions", "expected true or false, found"),
         (("--student_layers", "1", "x"), "student_layers", "expected int, found 'x'"),
         (
