@@ -207,7 +207,7 @@ class AugmentationArguments(_Checked):
     )
     random_erasing: float = key(
         0.0,
-        "Probability of covering one rectangle (2 to 33 % of the area, aspect ratio 0.3 to 3.3) with the mean colour.",
+        "Probability of covering one rectangle (2 to 33 per cent of the area, aspect ratio 0.3 to 3.3) with the mean colour.",
         within=FRACTION,
     )
     mixup_alpha: float = key(0.0, "MixUp: Beta parameter of the mixing weight; 0 turns it off.", within=NON_NEGATIVE)
