@@ -39,8 +39,11 @@ def main(argv: list[str]) -> None:
 
     set_seed(args.seed)
     data = load_image_data(data_args)
-    teacher = load_teacher(teacher_args, data.label_names, trainer_class.needs_logits)
-    student, processor = build_student(model_args, data.label_names, data.image_size, *data.train.statistics())
+    statistics = data.train.statistics()
+    teacher = load_teacher(
+        teacher_args, data.label_names, trainer_class.needs_logits, seed=args.seed, dataset_statistics=statistics
+    )
+    student, processor = build_student(model_args, data.label_names, data.image_size, *statistics)
     trainer = trainer_class(
         student,
         args,

@@ -11,6 +11,8 @@ from torch import nn
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
+    ConvNextV2Config,
+    ConvNextV2ForImageClassification,
     DeiTConfig,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
@@ -27,6 +29,7 @@ from transformers.models.vit.modeling_vit import ViTLayer
 import hf_ihb.models.timm_cifar  # noqa: F401  registers resnet18_cifar
 from hf_ihb.arguments import ModelArguments
 from hf_ihb.errors import ModelLoadError, RecipeError
+from hf_ihb.models.adaptive_cnn import AdaptiveCNNConfig, AdaptiveCNNForImageClassification
 from hf_ihb.models.processing import student_processor
 
 _VITS = {
@@ -71,10 +74,12 @@ def build_student(
     if args.model_name_or_path is not None:
         return _from_weights(args, labels)
     architecture = args.architecture or "deit"
+    if architecture in _CNNS:
+        return _CNNS[architecture](args, labels, image_size, len(mean)), student_processor(mean, std, image_size)
     if architecture in _VITS:
         return _vit(args, architecture, labels, image_size), student_processor(mean, std, image_size)
     if architecture not in timm.list_models():
-        nearest = ", ".join((*_VITS, *timm.list_models("*_cifar*")))
+        nearest = ", ".join((*_VITS, *_CNNS, *timm.list_models("*_cifar*")))
         raise RecipeError(f"key 'architecture': expected {nearest} or another timm model, found '{architecture}'")
     return _timm(args, architecture, labels, image_size, mean, std)
 
@@ -141,6 +146,62 @@ def apply_drop_path(model: nn.Module, rate: float) -> None:
         block.dropout = nn.Sequential(dropout, DropPath(block_rate)) if active else DropPath(block_rate)
 
 
+def _adaptive_cnn(
+    args: ModelArguments, labels: dict, size: tuple[int, int], num_channels: int
+) -> AdaptiveCNNForImageClassification:
+    small = num_channels == 1 and max(size) < 32  # the layout for handwritten digits
+    layout = ([32, 64, 128], [2, 2, 2]) if small else ([64, 128, 256, 512], [2, 3, 3, 3])
+    hidden_sizes, depths = _stages(args, *layout)
+    custom = args.hidden_sizes is not None or args.depths is not None
+    config = AdaptiveCNNConfig(
+        num_channels=num_channels,
+        hidden_sizes=hidden_sizes,
+        depths=depths,
+        stem_pool=small and not custom,
+        **labels,
+    )
+    model = AdaptiveCNNForImageClassification(config)
+    apply_drop_path(model, args.drop_path_rate)
+    return model
+
+
+def _stages(args: ModelArguments, hidden_sizes: list[int], depths: list[int]) -> tuple[list[int], list[int]]:
+    hidden_sizes = hidden_sizes if args.hidden_sizes is None else args.hidden_sizes
+    depths = depths if args.depths is None else args.depths
+    if not depths or len(hidden_sizes) != len(depths):
+        raise RecipeError(
+            f"keys 'hidden_sizes' and 'depths': expected a width and a depth for each of one or more stages, found "
+            f"{hidden_sizes} and {depths}"
+        )
+    return hidden_sizes, depths
+
+
+def _convnextv2(
+    args: ModelArguments, labels: dict, size: tuple[int, int], num_channels: int
+) -> ConvNextV2ForImageClassification:
+    hidden_sizes, depths = _stages(args, [96, 192, 384, 768], [3, 3, 9, 3])
+    config = ConvNextV2Config(
+        num_channels=num_channels,
+        hidden_sizes=hidden_sizes,
+        depths=depths,
+        num_stages=len(depths),
+        **_small_stem(args, size, len(depths)),
+        **labels,
+    )
+    return ConvNextV2ForImageClassification(config)
+
+
+def _small_stem(args: ModelArguments, size: tuple[int, int], num_stages: int) -> dict[str, Any]:
+    """What of a ConvNeXt V2's config belongs to the images rather than to the network."""
+    patch = args.patch_size or 2
+    if min(size) < (least := patch * 2 ** (num_stages - 1)):
+        raise RecipeError(
+            f"key 'patch_size': expected images of at least {least} px for {num_stages} stages behind a patch of "
+            f"{patch} px, found {size[0]} x {size[1]} px (see 'image_size')"
+        )
+    return {"patch_size": patch, "image_size": list(size), "drop_path_rate": args.drop_path_rate}
+
+
 def _timm(
     args: ModelArguments, architecture: str, labels: dict, size: tuple[int, int], mean: list[float], std: list[float]
 ) -> tuple[PreTrainedModel, Any]:
@@ -187,6 +248,9 @@ def _from_weights(args: ModelArguments, labels: dict) -> tuple[PreTrainedModel, 
         raise ModelLoadError(f"model '{name}': expected every weight but the head's, found none that fits {fresh[0]}")
     apply_drop_path(model, args.drop_path_rate)
     return model, processor
+
+
+_CNNS = {"adaptive_cnn": _adaptive_cnn, "convnextv2": _convnextv2}
 
 
 def input_size(model: PreTrainedModel) -> tuple[int, int] | None:

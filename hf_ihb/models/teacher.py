@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -36,6 +37,8 @@ class Teacher:
         pixels: How the model wants its images; None if callers bring normalised `pixel_values`.
         label_names: Classes of the data set, in the student's order; None for a teacher without logits.
         assume_same_order: Trust the teacher's class order where its names cannot tell.
+        control: ``none``; ``untrained`` where the weights were drawn anew; ``shuffled`` where a trainer is to show it
+            the image after the student's.
 
     Raises:
         TeacherMismatchError: If its classes cannot be brought into the order of `label_names`.
@@ -48,9 +51,11 @@ class Teacher:
         pixels: PixelFormat | None,
         label_names: Sequence[str] | None = None,
         assume_same_order: bool = False,
+        control: str = "none",
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.pixels = pixels
+        self.control = control
         self.name = getattr(model.config, "name_or_path", "") or type(model).__name__
         self.revision = getattr(model.config, "_commit_hash", None)
         for name, tensor in model.state_dict().items():
@@ -127,17 +132,29 @@ class Teacher:
         return [m._replace(tokens=norm(m.tokens)) for m in maps]
 
 
-def load_teacher(args: TeacherArguments, label_names: Sequence[str], needs_logits: bool) -> Teacher:
+def load_teacher(
+    args: TeacherArguments,
+    label_names: Sequence[str],
+    needs_logits: bool,
+    *,
+    seed: int | None = None,
+    dataset_statistics: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> Teacher:
     """Loads a teacher from the Hub or a folder; only safetensors and JSON are read, no code of the repo is run.
 
     Args:
         args: Which teacher, and how it sees images.
         label_names: Classes of the data set in label order.
         needs_logits: Whether class scores are learned from; a headless model is refused then.
+        seed: Of the weights of an ``untrained`` teacher; that of torch's generator if None. The generator's state is
+            left as it was.
+        dataset_statistics: Channel means and standard deviations of the data set in [0, 1], for
+            ``teacher_normalization='dataset'``.
 
     Raises:
         ModelLoadError: If it cannot be found or read.
         TeacherMismatchError: If weights are missing or its classes do not fit.
+        ValueError: If the data set's statistics are asked for and not given.
     """
     name, revision = args.teacher_model, args.teacher_revision or "main"
     path = Path(name).expanduser()
@@ -147,18 +164,36 @@ def load_teacher(args: TeacherArguments, label_names: Sequence[str], needs_logit
         auto = AutoModelForImageClassification
         if not needs_logits:
             auto = AutoModel if type(config) in MODEL_MAPPING else AutoBackbone
-        model, info = auto.from_pretrained(
-            source,
-            config=config,
-            revision=revision,
-            use_safetensors=True,
-            output_loading_info=True,
-            dtype=torch.float32,
-            trust_remote_code=False,
-        )
+        if args.teacher_control == "untrained":
+            model = _untrained(auto, config, torch.initial_seed() if seed is None else seed)
+        else:
+            model = _trained(auto, config, source, revision, name, needs_logits)
         processor = AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
         raise ModelLoadError(f"teacher '{name}' could not be loaded: {' '.join(str(error).split())[:300]}") from error
+    pixels = pixel_format(processor)
+    if args.teacher_image_size is not None:
+        pixels = pixels._replace(size=(args.teacher_image_size,) * 2)
+    if args.teacher_normalization == "dataset":
+        if dataset_statistics is None:
+            raise ValueError("key 'teacher_normalization': expected the data set's mean and std with it, found none")
+        mean, std = dataset_statistics
+        pixels = pixels._replace(mean=tuple(mean), std=tuple(std))
+    names = label_names if needs_logits else None
+    return Teacher(model, pixels, names, args.teacher_assume_same_label_order, args.teacher_control)
+
+
+def _trained(auto: Any, config: Any, source: str, revision: str, name: str, needs_logits: bool) -> PreTrainedModel:
+    """The model with its weights, every one of them."""
+    model, info = auto.from_pretrained(
+        source,
+        config=config,
+        revision=revision,
+        use_safetensors=True,
+        output_loading_info=True,
+        dtype=torch.float32,
+        trust_remote_code=False,
+    )
     absent = sorted([*info["missing_keys"], *(k[0] if isinstance(k, tuple) else k for k in info["mismatched_keys"])])
     if not needs_logits:
         absent = [k for k in absent if not any(part in _UNUSED_BY_BLOCKS for part in k.split("."))]
@@ -167,10 +202,19 @@ def load_teacher(args: TeacherArguments, label_names: Sequence[str], needs_logit
             f"teacher '{name}': expected weights for all of {type(model).__name__}, found none for {absent[0]} "
             f"({len(absent)} in all)"
         )
-    pixels = pixel_format(processor)
-    if args.teacher_image_size is not None:
-        pixels = pixels._replace(size=(args.teacher_image_size,) * 2)
-    return Teacher(model, pixels, label_names if needs_logits else None, args.teacher_assume_same_label_order)
+    return model
+
+
+def _untrained(auto: Any, config: Any, seed: int) -> PreTrainedModel:
+    """The same architecture as its library initialises it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = auto.from_config(config, dtype=torch.float32)
+        if (network := getattr(model, "timm_model", None)) is not None:
+            # transformers' wrapper draws a network's weights anew, every convolution from N(0, 0.02)
+            fresh = timm.create_model(config.architecture, num_classes=network.num_classes, **(config.model_args or {}))
+            network.load_state_dict(fresh.state_dict())
+    return model
 
 
 def _label_permutation(config: Any, names: list[str], assume_same_order: bool, teacher: str) -> Tensor | None:
