@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="Which ones.")
     parser.add_argument("--max_steps", type=int, default=50, help="Optimizer steps.")
     parser.add_argument("--per_device_train_batch_size", type=int, default=16, help="Images a step.")
-    parser.add_argument("--max_eval_samples", type=int, default=1000, help="Validation and test images.")
+    parser.add_argument("--max_eval_samples", type=int, default=500, help="Validation and test images.")
     parser.add_argument("--note", help="A sentence for the results, such as what else the machine was doing.")
     args = parser.parse_args()
 

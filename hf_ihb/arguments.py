@@ -184,7 +184,9 @@ class AugmentationArguments(_Checked):
         0.0, "Random rotation, uniform between -x and x.", within=Range(0, 180), unit="degrees"
     )
     translate_fraction: float = key(
-        0.0, "Random shift along each axis, uniform between -x and x, as a share of the side.", within=FRACTION
+        0.0,
+        "Random shift along each axis, uniform between -x and x as a share of the side, to whole pixels.",
+        within=FRACTION,
     )
     scale_jitter: float = key(0.0, "Random scale, uniform between 1 - x and 1 + x.", within=FRACTION_BELOW_ONE)
     shear_degrees: float = key(
@@ -207,7 +209,7 @@ class AugmentationArguments(_Checked):
     )
     random_erasing: float = key(
         0.0,
-        "Probability of covering one rectangle (2 to 33 per cent of the area, aspect ratio 0.3 to 3.3) with the mean colour.",
+        "Probability of covering one rectangle (2 to 33 per cent of the area, ratio 0.3 to 3.3) with the mean colour.",
         within=FRACTION,
     )
     mixup_alpha: float = key(0.0, "MixUp: Beta parameter of the mixing weight; 0 turns it off.", within=NON_NEGATIVE)
@@ -495,7 +497,7 @@ class StructuralDistillationTrainingArguments(DistillationTrainingArguments):
     relation_weight: float = key(
         0.0,
         "Weight of the divergence between the similarities of each image to the others of the batch (mean tokens of "
-        "the deepest pair of layers, after both final norms).",
+        "the student's last block and of the deepest of teacher_layers, each after its model's final norm).",
         within=NON_NEGATIVE,
     )
     cka_warmup_epochs: float = key(0.0, "Warm-up of cka_weight.", within=NON_NEGATIVE, unit="epochs")
@@ -545,7 +547,7 @@ class StructuralDistillationTrainingArguments(DistillationTrainingArguments):
     )
     teacher_projector: Literal["none", "trainable"] = key(
         "none",
-        "'trainable': MLP heads on both sides, one pair for each layer and loss, before token, CKA and Gram losses.",
+        "'trainable': MLP heads on both sides, a pair for each layer of each of the token, CKA and Gram losses.",
         published={"trainable": "the teacher's heads are trained too, so the loss can be met without any content"},
     )
     task_heads: Literal["inference", "cls"] = key(

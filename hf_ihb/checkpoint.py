@@ -5,8 +5,10 @@ what does not match: of a DeiT that is all but a few tensors. Here a checkpoint 
 knows both, and every tensor must be there.
 """
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +21,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_ihb.errors import CheckpointError
 
 HEADS_FILE = Path("distillation", "heads.safetensors")
+# inside a checkpoint: the average of the weights, saved like the weights, and how it was made
+AVERAGE_FOLDER = "average"
+_AVERAGE_RECORD = "average.json"
 _STUDENT_PREFIX = "student."
 
 
@@ -77,6 +82,40 @@ def load_module(module: nn.Module, directory: Path) -> None:
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(heads[name])
+
+
+def save_average(module: nn.Module, checkpoint: Path, state: dict[str, Tensor] | None, record: dict[str, Any]) -> None:
+    """Writes an average of the weights into a checkpoint.
+
+    Args:
+        module: A `StudentModule`.
+        checkpoint: Folder of the checkpoint.
+        state: The average, by the names of the module's state; None if there is none yet.
+        record: How it was made (``kind``) and from how many updates (``count``).
+    """
+    folder = checkpoint / AVERAGE_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    if state is not None:
+        save_module(module, folder, state, main_process=True)
+    (folder / _AVERAGE_RECORD).write_text(json.dumps(record), "utf-8")
+
+
+def read_average_record(checkpoint: Path) -> dict[str, Any]:
+    """What `save_average` was told of the average; its tensors are read by `load_module`.
+
+    Raises:
+        CheckpointError: If it is missing or cannot be read.
+    """
+    path = checkpoint / AVERAGE_FOLDER / _AVERAGE_RECORD
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: expected how an average was made, found a file that cannot be read ({type(error).__name__})"
+        ) from error
+    if not isinstance(record, dict) or not {"kind", "count"} <= record.keys():
+        raise CheckpointError(f"{path}: expected 'kind' and 'count', found {str(record)[:80]}")
+    return record
 
 
 def newest_checkpoint(output_dir: str | Path) -> Path | None:

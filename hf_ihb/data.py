@@ -19,11 +19,12 @@ from tqdm.auto import tqdm
 from transformers import default_data_collator
 
 from hf_ihb.arguments import DataArguments
-from hf_ihb.errors import DataError
+from hf_ihb.errors import DataError, RecipeError
 
 DIGITS = "sklearn:digits"
 MAX_PIXELS = 1 << 26
 _IS_WORKER = os.environ.get("LOCAL_RANK", "0") != "0"  # one progress bar a machine
+_PIL_MODES = {"rgb": "RGB", "grayscale": "L"}
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 
 
@@ -70,7 +71,10 @@ class ImageSplit(torch.utils.data.Dataset):
 
 @dataclass
 class ImageData:
-    """The three splits of a data set; `revision` is the Hub commit, None for local sets."""
+    """The splits of a data set; `revision` is the Hub commit, None for local sets.
+
+    Where epochs are selected on the test split, `validation` is `test`.
+    """
 
     train: ImageSplit
     validation: ImageSplit
@@ -98,16 +102,31 @@ def load_image_data(args: DataArguments) -> ImageData:
     """Loads, checks, decodes and splits a data set.
 
     Raises:
+        RecipeError: If a validation split is asked for and left out by `selection_split`.
         DataError: If it cannot be found, a column or split is missing, or a row cannot be used.
     """
+    selects_on_test = args.selection_split == "test"
+    if selects_on_test:
+        _refuse_validation(args)
     train, validation, test, revision = _load_digits(args) if args.dataset_name == DIGITS else _load_hub(args)
-    if validation is None:
+    if validation is None and not selects_on_test:
         rest, held_out = _stratified(train, args.validation_fraction, args.split_seed, f"{args.dataset_name} train")
         train, validation = train.select(rest), train.select(held_out)
     train = _limit(train, args.max_train_samples, args.split_seed, f"{args.dataset_name} train")
-    validation = _limit(validation, args.max_eval_samples, args.split_seed, f"{args.dataset_name} validation")
     test = _limit(test, args.max_eval_samples, args.split_seed, f"{args.dataset_name} test")
+    if selects_on_test:
+        validation = test
+    else:
+        validation = _limit(validation, args.max_eval_samples, args.split_seed, f"{args.dataset_name} validation")
     return ImageData(train, validation, test, args.dataset_name, revision)
+
+
+def _refuse_validation(args: DataArguments) -> None:
+    for name, default in (("validation_split", None), ("validation_fraction", DataArguments.validation_fraction)):
+        if (value := getattr(args, name)) != default:
+            raise RecipeError(
+                f"keys 'selection_split' and '{name}' contradict: 'test' holds no images out, found {name}={value!r}"
+            )
 
 
 def _stratified(split: ImageSplit, share: float | int, seed: int, where: str) -> tuple[np.ndarray, np.ndarray]:
@@ -133,7 +152,7 @@ def _load_digits(args: DataArguments) -> tuple[ImageSplit, None, ImageSplit, Non
     """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; every fifth of each class is the test split."""
     bunch = load_digits()
     pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
-    images = [Image.fromarray(p).convert("RGB") for p in pixels]
+    images = [Image.fromarray(p).convert(_PIL_MODES[args.color_mode]) for p in pixels]
     size = args.image_size or pixels.shape[-1]
     decoded = torch.stack([_to_tensor(image, (size, size)) for image in images])
     everything = ImageSplit(decoded, torch.from_numpy(bunch.target).long(), [str(n) for n in bunch.target_names])
@@ -145,7 +164,7 @@ def _load_hub(args: DataArguments) -> tuple[ImageSplit, ImageSplit | None, Image
     splits, revision = _fetch(args)
     name = args.validation_split or next((n for n in _VALIDATION_NAMES if n in splits), None)
     wanted = {"train_split": args.train_split, "test_split": args.test_split}
-    if name is not None:
+    if name is not None and args.selection_split != "test":
         wanted["validation_split"] = name
     for key, split in wanted.items():
         if split not in splits:
@@ -159,7 +178,7 @@ def _load_hub(args: DataArguments) -> tuple[ImageSplit, ImageSplit | None, Image
     for key, split in wanted.items():
         where = f"{args.dataset_name}, split '{split}'"
         labels = _labels(splits[split][label_column], names, where)
-        images = _decode(splits[split], image_column, size, where)
+        images = _decode(splits[split], image_column, size, _PIL_MODES[args.color_mode], where)
         size = tuple(images.shape[-2:])  # every split gets the size of the first
         decoded[key] = ImageSplit(images, labels, names)
     return decoded["train_split"], decoded.get("validation_split"), decoded["test_split"], revision
@@ -226,16 +245,16 @@ def _labels(column: Sequence[int | None], names: list[str], where: str) -> Tenso
     return torch.tensor(values)
 
 
-def _decode(split: datasets.Dataset, column: str, size: tuple[int, int] | None, where: str) -> Tensor:
-    """``(N, 3, H, W)`` uint8; the first image fixes the size if `size` is None."""
+def _decode(split: datasets.Dataset, column: str, size: tuple[int, int] | None, mode: str, where: str) -> Tensor:
+    """``(N, C, H, W)`` uint8 in one of PIL's modes; the first image fixes the size if `size` is None."""
     raw = split.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     images: Tensor | None = None
     for row, record in enumerate(tqdm(raw, desc=f"Decoding {where}", unit="img", mininterval=1.0, disable=_IS_WORKER)):
-        image = _open(record[column], f"{where}, row {row}")
+        image = _open(record[column], mode, f"{where}, row {row}")
         if images is None:
             fixed = size is not None
             size = size or (image.height, image.width)
-            images = torch.empty((len(raw), 3, *size), dtype=torch.uint8)
+            images = torch.empty((len(raw), len(image.getbands()), *size), dtype=torch.uint8)
         if not fixed and (image.height, image.width) != size:
             raise DataError(
                 f"{where}, row {row}: expected {size[0]} x {size[1]} px like row 0, found {image.height} x "
@@ -245,7 +264,7 @@ def _decode(split: datasets.Dataset, column: str, size: tuple[int, int] | None, 
     return images
 
 
-def _open(record: dict[str, Any], where: str) -> Image.Image:
+def _open(record: dict[str, Any], mode: str, where: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -253,7 +272,7 @@ def _open(record: dict[str, Any], where: str) -> Image.Image:
             with Image.open(source) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise DataError(f"{where}: expected at most {MAX_PIXELS} px, found {image.width} x {image.height}")
-                return image.convert("RGB")
+                return image.convert(mode)
     except (
         OSError,
         SyntaxError,
@@ -269,4 +288,5 @@ def _open(record: dict[str, Any], where: str) -> Image.Image:
 def _to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
     if (image.height, image.width) != size:
         image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    pixels = np.array(image).reshape(*size, -1)  # a grey image has no axis for its channel
+    return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -1,15 +1,17 @@
 """Losses with their weights and schedules; they receive tensors, never models."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hf_ihb.functional.logits import hard_distillation_loss, kd_divergence
-from hf_ihb.functional.similarity import center_positions, gram_distance, linear_cka
-from hf_ihb.functional.tokens import token_cosine_distance
+from hf_ihb.functional.similarity import center_positions, gram_distance, linear_cka, published_cka, rbf_cka
+from hf_ihb.functional.tokens import correlation_divergence, token_cosine_distance
 
 
 def warmup_factor(epoch: float, warmup_epochs: float, kind: str) -> float:
@@ -41,21 +43,24 @@ def logit_distillation_loss(student: Tensor, teacher: Tensor, kind: str, tempera
 
 
 class TokenPair(NamedTuple):
-    """Patch tokens of one student layer and of the teacher layer it is compared with, at the same places.
+    """Patch tokens of one layer of student and teacher as a loss compares them, at the same places.
 
     Attributes:
         student: ``(B, N, D_s)``.
-        teacher: ``(B, N, D_t)``.
+        teacher: ``(B, N, D_t)``; the token loss needs D_t = D_s.
         mask: ``(B, N)`` bool, false where the teacher's token would lie outside its image.
-        projected: ``(B, N, D_t)`` student tokens mapped to the teacher's width, where a loss needs them.
-        standardized: ``(B, N, D_t)`` teacher tokens without position code and channel scale, likewise.
     """
 
     student: Tensor
     teacher: Tensor
     mask: Tensor
-    projected: Tensor | None = None
-    standardized: Tensor | None = None
+
+    def image_means(self) -> tuple[Tensor, Tensor]:
+        """``(B, D_s)`` and ``(B, D_t)`` float32 means of the tokens inside."""
+        inside = self.mask.float()[..., None]
+        count = inside.sum(dim=1).clamp_min(1)
+        student, teacher = ((x.float() * inside).sum(dim=1) / count for x in (self.student, self.teacher))
+        return student, teacher
 
 
 def _batch_mean(per_image: Tensor, weight: Tensor) -> Tensor:
@@ -63,67 +68,136 @@ def _batch_mean(per_image: Tensor, weight: Tensor) -> Tensor:
     return (per_image * weight).sum() / len(per_image)
 
 
-def cka_loss(pair: TokenPair, weight: Tensor, scope: str, estimator: str) -> tuple[Tensor, Tensor]:
-    """``1 - CKA`` of one pair of layers.
+@dataclass(frozen=True)
+class StructuralLoss:
+    """CKA, Gram, token and relation losses between layers of student and teacher.
+
+    The fields are the keys of `StructuralDistillationTrainingArguments` of the same names. `reduce` and `gather` make
+    what is a statistic of the batch (pooled and image CKA, the relation loss, the student's position code) one of the
+    batch of all processes.
+
+    Attributes:
+        reduce: Sums a tensor over processes, differentiably; None for one process.
+        gather: Stacks the rows of all processes, differentiably; None for one process.
+    """
+
+    cka_scope: str = "tokens"
+    cka_estimator: str = "debiased"
+    cka_kernel: str = "linear"
+    rbf_bandwidth: float = 1.0
+    gram_normalization: str = "mean_square"
+    relation_temperature: float = 0.1
+    relation_include_self: bool = False
+    center_positions: bool = False
+    reduce: Callable[[Tensor], Tensor] | None = None
+    gather: Callable[[Tensor], Tensor] | None = None
+
+    @classmethod
+    def from_arguments(cls, args: Any, **collectives: Any) -> "StructuralLoss":
+        """Takes every setting from the arguments of a run."""
+        settings = {f.name: getattr(args, f.name) for f in fields(cls) if f.name not in ("reduce", "gather")}
+        return cls(**settings, **collectives)
+
+    def __call__(self, pairs: Mapping[str, Sequence[TokenPair]], weight: Tensor) -> dict[str, Tensor]:
+        """The losses asked for, each the mean over its layers.
+
+        Args:
+            pairs: For each of ``cka``, ``gram``, ``token`` and ``relation`` that is wanted what it compares, one pair
+                a layer. With `center_positions` the teacher's tokens of CKA and Gram come without position code, and
+                the student's lose the batch mean of each position here.
+            weight: ``(B,)`` in {0, 1}; images with 0 (mixed ones) take no part.
+
+        Returns:
+            Scalars ``<name>_loss``; with CKA also ``cka_undefined``, the share of images (of batches, where CKA is
+            one number a batch) without a defined value, whose loss is the constant 1.
+        """
+        losses: dict[str, Tensor] = {}
+        for name, layers in pairs.items():
+            if name in ("cka", "gram") and self.center_positions:
+                layers = [p._replace(student=center_positions(p.student, weight, reduce=self.reduce)) for p in layers]
+            if name == "cka":
+                values, undefined = zip(*(self.cka(pair, weight) for pair in layers), strict=True)
+                losses["cka_undefined"] = torch.stack(undefined).mean()
+            else:
+                values = [getattr(self, name)(pair, weight) for pair in layers]
+            losses[f"{name}_loss"] = torch.stack(values).mean()
+        return losses
+
+    def cka(self, pair: TokenPair, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """``1 - CKA`` of one pair of layers, and the share of its values that are undefined.
+
+        Scope ``tokens`` is over the tokens of each image, then the mean over images. ``pooled`` is over the tokens of
+        all images, ``images`` over the images, each its mean token; these two are not additive over batches.
+        """
+        if self.cka_scope == "tokens":
+            similarity = self._similarity(pair.student, pair.teacher, pair.mask)
+            undefined = similarity.isnan() & (weight > 0)
+            return _batch_mean(1 - similarity.nan_to_num(0.0), weight), undefined.float().mean()
+        if self.cka_scope == "pooled":
+            mask = (pair.mask & (weight > 0)[:, None]).flatten()
+            similarity = linear_cka(
+                pair.student.flatten(0, 1),
+                pair.teacher.flatten(0, 1),
+                self.cka_estimator,
+                mask=mask,
+                reduce=self.reduce,
+            )
+        else:
+            student, teacher, weight = self._gathered(*pair.image_means(), weight)
+            similarity = self._similarity(student, teacher, weight > 0)
+        return 1 - similarity.nan_to_num(0.0), similarity.isnan().float()
+
+    def gram(self, pair: TokenPair, weight: Tensor) -> Tensor:
+        """Distance of the token similarity matrices of each image, mean over images."""
+        distance = gram_distance(pair.student, pair.teacher, mask=pair.mask, normalization=self.gram_normalization)
+        return _batch_mean(distance, weight)
+
+    def token(self, pair: TokenPair, weight: Tensor) -> Tensor:
+        """``1 - cosine`` of the tokens of each image, mean over images."""
+        return _batch_mean(token_cosine_distance(pair.student, pair.teacher, mask=pair.mask), weight)
+
+    def relation(self, pair: TokenPair, weight: Tensor) -> Tensor:
+        """Divergence between the similarities of each image, its mean token, to the others of the batch."""
+        student, teacher, weight = self._gathered(*pair.image_means(), weight)
+        return correlation_divergence(
+            student,
+            teacher,
+            self.relation_temperature,
+            mask=weight > 0,
+            include_self=self.relation_include_self,
+        )
+
+    def _similarity(self, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        if self.cka_estimator == "published":
+            return published_cka(x, y, mask=mask)
+        if self.cka_kernel == "rbf":
+            return rbf_cka(x, y, self.cka_estimator, mask=mask, bandwidth=self.rbf_bandwidth)
+        return linear_cka(x, y, self.cka_estimator, mask=mask)
+
+    def _gathered(self, *tensors: Tensor) -> list[Tensor]:
+        return [t if self.gather is None else self.gather(t) for t in tensors]
+
+
+def scheduled_alpha(
+    epoch: float, num_epochs: float, start: float, end: float, schedule: str, warmup_epochs: float, warmup: str
+) -> float:
+    """Weight of the logit distillation loss at a (fractional) epoch.
+
+    With p the share of the time between warm-up and end that has passed, ``linear`` is ``start + (end - start) p`` and
+    ``cosine`` is ``start + (end - start) (1 - cos(pi p)) / 2``. The warm-up leads from 0 to where the schedule begins.
 
     Args:
-        pair: Tokens, centred per position by the caller where that is wanted.
-        weight: ``(B,)`` in {0, 1}; images with 0 take no part.
-        scope: ``tokens``: over the tokens of each image, then the mean over images. ``images``: over the images of the
-            batch, each its mean token; not additive over batches.
-        estimator: ``biased`` or ``debiased``.
-
-    Returns:
-        The loss, and the number of images (or of batches) for which CKA was undefined and the loss constant 1.
+        epoch: Epochs trained so far, >= 0.
+        num_epochs: Epochs of the whole training.
+        start: Where a schedule begins, in [0, 1].
+        end: Where it ends; what ``constant`` is throughout.
+        schedule: ``constant``, ``linear`` or ``cosine``.
+        warmup_epochs: Length of the warm-up.
+        warmup: ``linear`` or ``step``, see `warmup_factor`.
     """
-    if scope == "tokens":
-        similarity = linear_cka(pair.student, pair.teacher, estimator, mask=pair.mask)
-        undefined = similarity.isnan() & (weight > 0)
-        return _batch_mean(1 - similarity.nan_to_num(0.0), weight), undefined.sum()
-    inside = pair.mask.float()[..., None]
-    count = inside.sum(dim=1).clamp_min(1)
-    student, teacher = ((x.float() * inside).sum(dim=1) / count for x in (pair.student, pair.teacher))
-    similarity = linear_cka(student, teacher, estimator, mask=weight > 0)
-    return 1 - similarity.nan_to_num(0.0), similarity.isnan().sum()
-
-
-def structural_losses(
-    pairs: Sequence[TokenPair],
-    weight: Tensor,
-    *,
-    cka: bool,
-    gram: bool,
-    token: bool,
-    cka_scope: str = "tokens",
-    cka_estimator: str = "debiased",
-    center: bool = False,
-) -> dict[str, Tensor]:
-    """The structural losses, each the mean over layers.
-
-    Args:
-        pairs: One for each layer; with `center` the teacher's tokens come without position code.
-        weight: ``(B,)`` in {0, 1}; images with 0 (mixed ones) take no part.
-        cka: Whether to compute ``cka_loss``.
-        gram: Whether to compute ``gram_loss``.
-        token: Whether to compute ``token_loss``.
-        cka_scope: ``tokens`` or ``images``.
-        cka_estimator: ``biased`` or ``debiased``.
-        center: Remove the batch mean of each position from the student's tokens before CKA and Gram.
-
-    Returns:
-        Scalars by name; with CKA also ``cka_undefined``, the share of images without a defined value.
-    """
-    sums: dict[str, list[Tensor]] = {}
-    for pair in pairs:
-        compared = pair._replace(student=center_positions(pair.student, weight)) if center else pair
-        if cka:
-            loss, undefined = cka_loss(compared, weight, cka_scope, cka_estimator)
-            sums.setdefault("cka_loss", []).append(loss)
-            sums.setdefault("cka_undefined", []).append(undefined / (len(weight) if cka_scope == "tokens" else 1))
-        if gram:
-            distance = gram_distance(compared.student, compared.teacher, mask=compared.mask)
-            sums.setdefault("gram_loss", []).append(_batch_mean(distance, weight))
-        if token:
-            distance = token_cosine_distance(pair.projected, pair.standardized, mask=pair.mask)
-            sums.setdefault("token_loss", []).append(_batch_mean(distance, weight))
-    return {name: torch.stack(values).mean() for name, values in sums.items()}
+    first = end if schedule == "constant" else start
+    if epoch < warmup_epochs or schedule == "constant":
+        return first * warmup_factor(epoch, warmup_epochs, warmup)
+    length = num_epochs - warmup_epochs
+    progress = min((epoch - warmup_epochs) / length, 1.0) if length > 0 else 1.0
+    return start + (end - start) * (progress if schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2)

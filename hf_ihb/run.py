@@ -17,7 +17,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from hf_ihb.arguments import RunArguments
+from hf_ihb.arguments import RunArguments, published_flaws
 from hf_ihb.checkpoint import HEADS_FILE
 from hf_ihb.data import ImageData
 from hf_ihb.errors import HfIhbError, RecipeError
@@ -99,7 +99,7 @@ def _clear_run(folder: Path) -> None:
 
 
 def run_training(trainer: SupervisedTrainer, data: ImageData, recipe: Path, arguments: tuple[Any, ...]) -> dict:
-    """Trains, evaluates on validation and (once) test, and writes the run folder.
+    """Trains, evaluates on validation and (once) test, and writes the run folder; names published flaws it repeats.
 
     Args:
         trainer: Ready to train.
@@ -112,6 +112,8 @@ def run_training(trainer: SupervisedTrainer, data: ImageData, recipe: Path, argu
     """
     folder = Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
+        for line in published_flaws(arguments):
+            logger.warning(line)
         folder.mkdir(parents=True, exist_ok=True)
         if not resume_argument(trainer.args):
             _clear_run(folder)

@@ -1,5 +1,6 @@
 """A batch of stored images -> what student and teacher see of it."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hf_ihb.arguments import AugmentationArguments
-from hf_ihb.functional import augment
+from hf_ihb.functional import augment, color, policies
+from hf_ihb.functional.geometry import affine_matrix, compose_affines, warp
 from hf_ihb.functional.random import counter_integers, counter_uniforms
 
 
@@ -19,6 +21,10 @@ class Stream(IntEnum):
     CUTOUT = 1
     MIX_PARTNER = 2
     MIX = 3
+    AFFINE = 4
+    COLOR_JITTER = 5
+    POLICY = 6
+    ERASING = 7
 
 
 @dataclass
@@ -87,18 +93,60 @@ class Augmenter:
 
     def _one(self, images: Tensor, index: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         args, (height, width) = self.args, images.shape[-2:]
+        draw = functools.partial(counter_uniforms, self.seed, epoch, index)
         affine = augment.identity_affine(len(images), images.device)
         if args.random_crop_padding or args.horizontal_flip:
-            u = counter_uniforms(self.seed, epoch, index, Stream.GEOMETRY, 3)
+            u = draw(Stream.GEOMETRY, 3)
             offsets = (u[:, :2] * (2 * args.random_crop_padding + 1)).long()
             flip = u[:, 2] < args.horizontal_flip
             images, affine = augment.crop_flip(images, offsets[:, 0], offsets[:, 1], flip, args.random_crop_padding)
+        if args.rotation_degrees or args.translate_fraction or args.scale_jitter or args.shear_degrees:
+            moved = self._affine(draw(Stream.AFFINE, 5), height, width)
+            images, affine = warp(images, moved, args.interpolation), compose_affines(affine, moved)
+        if any(amounts := (args.brightness, args.contrast, args.saturation, args.hue)):
+            order, parameters = color.jitter_draws(draw(Stream.COLOR_JITTER, 8), amounts)
+            images = color.color_jitter(images, order, parameters, amounts)
+        if args.auto_augment != "none":
+            drawn = self._policy(draw, height, width)
+            images, moved = policies.apply_operations(images, *drawn, args.interpolation)
+            affine = compose_affines(affine, moved)
         augmented = as_float(images)
         if args.cutout_size:
-            u = counter_uniforms(self.seed, epoch, index, Stream.CUTOUT, 2)
+            u = draw(Stream.CUTOUT, 2)
             y, x = (u[:, 0] * height).long(), (u[:, 1] * width).long()
             augmented = augment.cutout(augmented, y, x, args.cutout_size, self.fill)
+        if args.random_erasing:
+            u = draw(Stream.ERASING, 3 + 2 * augment.ERASING_TRIES)
+            top, left, tall, wide = augment.erasing_rectangles(u[:, 1:], height, width)
+            tall = torch.where(u[:, 0] < args.random_erasing, tall, 0)
+            augmented = augment.erase(augmented, top, left, tall, wide, self.fill)
         return augmented, affine
+
+    def _affine(self, u: Tensor, height: int, width: int) -> Tensor:
+        """Rotation, shift (to whole pixels, as torchvision's `RandomAffine`), scale and horizontal shear as one."""
+        args, u = self.args, 2 * u - 1
+        reach = args.translate_fraction * torch.tensor([width, height], device=u.device)
+        slope = torch.deg2rad(u[:, 4] * args.shear_degrees).tan()
+        return affine_matrix(
+            (height, width),
+            degrees=u[:, 0] * args.rotation_degrees,
+            translate=(u[:, 1:3] * reach).round(),
+            scale=1 + u[:, 3] * args.scale_jitter,
+            slope=torch.stack((slope, torch.zeros_like(slope)), dim=1),
+        )
+
+    def _policy(self, draw: Callable[[int, int], Tensor], height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Operations ``(B, n)`` of each image, and their magnitudes."""
+        args, size = self.args, (height, width)
+        match args.auto_augment:
+            case "randaugment":
+                u = draw(Stream.POLICY, 2 * args.randaugment_num_ops).unflatten(1, (-1, 2))
+                return policies.randaugment(u, args.randaugment_magnitude, size)
+            case "trivialaugment_wide":
+                return policies.trivialaugment_wide(draw(Stream.POLICY, 3), size)
+            case "autoaugment_cifar10":
+                return policies.autoaugment_cifar10(draw(Stream.POLICY, 5), size)
+        raise ValueError(f"auto_augment {args.auto_augment!r} is none of the policies")
 
     def _mix(self, views: Views, index: Tensor, epoch: int) -> Views:
         args, (height, width) = self.args, views.augmented.shape[-2:]

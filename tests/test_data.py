@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 
 from hf_ihb.arguments import DataArguments
 from hf_ihb.data import DIGITS, ImageSplit, collate_images, load_image_data
-from hf_ihb.errors import DataError
+from hf_ihb.errors import DataError, RecipeError
 
 NAMES = ["cat", "dog", "owl"]
 
@@ -210,6 +210,21 @@ def test_every_colour_mode_becomes_rgb(folder, mode):
     assert torch.equal(data.test.images, pixels([Image.open(io.BytesIO(png(image))) for image, _ in test]))
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "CMYK", "P", "1"])
+def test_grey_images_are_pils_luma_in_one_channel(folder, mode):
+    test = [(picture(i, mode=mode), i % 3) for i in range(6)]
+    name = write(folder, train=rows(30), test=test)
+    opened = [Image.open(io.BytesIO(png(image))) for image, _ in test]
+    for side in (None, 9):
+        data = load(name, color_mode="grayscale", image_size=side)
+        grey = [image.convert("L") for image in opened]
+        if side:
+            grey = [image.resize((9, 9), Image.Resampling.BICUBIC) for image in grey]
+        assert torch.equal(data.test.images, torch.stack([torch.from_numpy(np.array(g))[None] for g in grey]))
+        assert data.train.images.shape[1] == 1
+        assert [len(values) for values in data.train.statistics()] == [1, 1]
+
+
 def test_images_of_other_sizes_are_refused_until_a_size_is_given(folder):
     train = [*rows(29), (picture(50, (8, 7)), 2)]
     name = write(folder, train=train, test=rows(3, size=(9, 9)))
@@ -234,6 +249,26 @@ def test_an_image_folder_is_read_with_its_classes(folder):
     expected = {NAMES[i]: pixels([picture(i)])[0] for i in range(3)}
     for image, label in zip(data.test.images, data.test.labels, strict=True):
         assert torch.equal(image, expected[NAMES[label]])
+
+
+@pytest.mark.parametrize("own", [{}, {"validation": [(b"is not even looked at", 0)]}])
+def test_selecting_on_the_test_split_holds_no_image_out(folder, own):
+    train, test = rows(30), rows(6, start=100)
+    name = write(folder, train=train, test=test, **own)
+    data = load(name, selection_split="test")
+    assert torch.equal(data.train.images, pixels([image for image, _ in train]))
+    assert torch.equal(data.validation.images, pixels([image for image, _ in test]))
+    assert data.validation is data.test
+    limited = load(name, selection_split="test", max_eval_samples=3)
+    assert limited.validation is limited.test
+    assert len(limited.test) == 3
+
+
+@pytest.mark.parametrize("option", [{"validation_split": "validation"}, {"validation_fraction": 0.2}])
+def test_selecting_on_the_test_split_and_a_validation_split_contradict(option):
+    (key,) = option
+    with pytest.raises(RecipeError, match=f"^keys 'selection_split' and '{key}' contradict: .*found {key}="):
+        load("someone/nothing", selection_split="test", **option)
 
 
 def as_set(images):
@@ -300,6 +335,11 @@ def test_digits_need_no_files():
     assert share.sub(0.2).abs().max() < 0.01
     assert torch.equal(load(DIGITS, split_seed=5).test.images, data.test.images)
     assert load(DIGITS, image_size=16).image_size == (16, 16)
+    grey = load(DIGITS, color_mode="grayscale")
+    assert torch.equal(grey.train.images, data.train.images[:, :1])
+    selected = load(DIGITS, selection_split="test")
+    assert len(selected.train) == len(data.train) + len(data.validation)
+    assert torch.equal(selected.validation.images, data.test.images)
 
 
 @pytest.fixture

@@ -84,7 +84,9 @@ PUBLISHED_METHOD = {
     "resnet18": {**AUTO_AUGMENT, **CUTOUT, "cutmix_alpha": 1.0, "mix_probability": 1.0},
     "convnextv2": {**AUTO_AUGMENT, **CUTOUT, "cutmix_alpha": 1.0, "drop_path_rate": 0.1},
     "mnist": {"rotation_degrees": 10, "translate_fraction": 0.1, "cutout_size": 8, "label_smoothing_factor": 0.1},
-    "vit": {**RANDAUGMENT, **CUTOUT, "mixup_alpha": 0.8, "mix_probability": 1.0, "architecture": "vit", "mlp_ratio": 2},
+    "vit": {
+        **RANDAUGMENT, **CUTOUT, **SMALL_STUDENT, "mixup_alpha": 0.8, "mix_probability": 1.0, "inference_head": "cls",
+    },
     "kd_adaptive_cnn": {
         **RANDAUGMENT, **CUTOUT, **SMALL_STUDENT, "mixup_alpha": 0.8, "distillation_type": "hard", "alpha": 0.6,
         "alpha_start": 0.0, "alpha_schedule": "cosine", "distillation_warmup_epochs": 5, "temperature": 3.0,
@@ -182,7 +184,8 @@ def test_every_recipe_trains_one_step_and_evaluates_what_it_saves(path, images, 
     }  # fmt: skip
     if recipe["dataset_name"] != "sklearn:digits":
         overrides["dataset_name"] = str(images / recipe["dataset_name"])
-        overrides["validation_fraction"] = 0.25
+        if recipe.get("selection_split") != "test":
+            overrides["validation_fraction"] = 0.25
     else:
         overrides |= {"max_train_samples": 100, "max_eval_samples": 20}
     if "teacher_model" in recipe:

@@ -3,20 +3,35 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import chisquare, kstest
 
+import hf_ihb.views
 from hf_ihb.arguments import AugmentationArguments
-from hf_ihb.views import Augmenter, Views, as_float, class_targets
+from hf_ihb.functional import augment as ops
+from hf_ihb.functional import color, geometry, policies
+from hf_ihb.functional.random import counter_uniforms
+from hf_ihb.views import Augmenter, Stream, Views, as_float, class_targets
 
 FILL = (0.1, 0.2, 0.3)
+PARTS = {
+    "geometry": {"random_crop_padding": 2, "horizontal_flip": 0.5},
+    "affine": {"rotation_degrees": 20.0, "translate_fraction": 0.2, "scale_jitter": 0.2, "shear_degrees": 15.0},
+    "jitter": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1},
+    "randaugment": {"auto_augment": "randaugment", "interpolation": "nearest"},
+    "autoaugment": {"auto_augment": "autoaugment_cifar10"},
+    "trivialaugment": {"auto_augment": "trivialaugment_wide"},
+    "cutout": {"cutout_size": 3},
+    "erasing": {"random_erasing": 0.7},
+    "mixup": {"mixup_alpha": 0.8},
+    "cutmix": {"cutmix_alpha": 1.0},
+}
 EVERYTHING = AugmentationArguments(
-    random_crop_padding=2, horizontal_flip=0.5, cutout_size=3, mixup_alpha=0.8, cutmix_alpha=1.0, mix_probability=0.8
-)
+    **PARTS["geometry"], **PARTS["affine"], **PARTS["jitter"], **PARTS["trivialaugment"], **PARTS["cutout"],
+    **PARTS["erasing"], **PARTS["mixup"], **PARTS["cutmix"], mix_probability=0.8,
+)  # fmt: skip
 SETTINGS = {
     "nothing": AugmentationArguments(),
-    "geometry": AugmentationArguments(random_crop_padding=2, horizontal_flip=0.5),
-    "cutout": AugmentationArguments(cutout_size=3),
-    "mixup": AugmentationArguments(mixup_alpha=0.8),
-    "cutmix": AugmentationArguments(cutmix_alpha=1.0),
+    **{name: AugmentationArguments(**keys) for name, keys in PARTS.items()},
     "everything": EVERYTHING,
 }
 
@@ -77,7 +92,7 @@ def test_an_epoch_finished_in_other_batch_sizes_shows_the_same_images(split, gen
     assert_equal_views(concatenated(parts), concatenated(uninterrupted))
 
 
-@pytest.mark.parametrize("name", ["geometry", "cutout", "mixup", "cutmix", "everything"])
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "nothing"])
 def test_views_change_with_epoch_and_with_seed(split, name):
     index = torch.arange(64)
     views = [augment(split, SETTINGS[name], index, *setting) for setting in ((0, 0), (1, 0), (0, 1))]
@@ -136,6 +151,165 @@ def test_where_the_cutout_lies_has_nothing_to_do_with_the_crop():
     geometry = (views.affine[:, 0, 0], views.affine[:, 0, 2], views.affine[:, 1, 2])
     correlation = torch.corrcoef(torch.stack((rows, columns, *geometry)))
     assert (correlation - torch.eye(5)).abs().max() < 5 / count**0.5
+
+
+def test_streams_keep_their_numbers():
+    """A run that was begun with one version is finished with another: what a stream draws must not change."""
+    expected = ["GEOMETRY", "CUTOUT", "MIX_PARTNER", "MIX", "AFFINE", "COLOR_JITTER", "POLICY", "ERASING"]
+    assert [stream.name for stream in sorted(Stream)] == expected
+    assert [stream.value for stream in sorted(Stream)] == list(range(8))
+
+
+def drawn_numbers(monkeypatch, split, args):
+    """What each stream gave for the first batch of an epoch, by stream and images."""
+    drawn = {}
+
+    def recorded(seed, epoch, index, stream, count):
+        drawn[stream, tuple(index.tolist())] = counter_uniforms(seed, epoch, index, stream, count)
+        return drawn[stream, tuple(index.tolist())]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_ihb.views, "counter_uniforms", recorded)
+        augment(split, args, torch.arange(16), epoch=2)
+    return drawn
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_an_operation_draws_the_same_numbers_alone_and_among_all_others(monkeypatch, split, name):
+    keys = {**EVERYTHING.__dict__, **PARTS[name]}
+    together = drawn_numbers(monkeypatch, split, AugmentationArguments(**keys))
+    alone = drawn_numbers(monkeypatch, split, AugmentationArguments(**PARTS[name]))
+    assert alone
+    for place, numbers in alone.items():
+        assert torch.equal(together[place], numbers)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_operations_come_in_the_order_of_the_published_pipeline(generator, channels):
+    images = torch.randint(256, (40, channels, 8, 8), generator=generator, dtype=torch.uint8)
+    index, fill = torch.arange(40), torch.tensor(FILL[:channels])
+    keys = {
+        k: v
+        for name in ("geometry", "affine", "jitter", "randaugment", "cutout", "erasing")
+        for k, v in PARTS[name].items()
+    }
+    views = Augmenter(AugmentationArguments(**keys), 5, tuple(fill), None, 40)(images, index, 3)
+
+    def draw(stream, count):
+        return counter_uniforms(5, 3, index, stream, count)
+
+    u = draw(Stream.GEOMETRY, 3)
+    place = (u[:, :2] * 5).long()
+    expected, first = ops.crop_flip(images, place[:, 0], place[:, 1], u[:, 2] < 0.5, 2)
+    u = 2 * draw(Stream.AFFINE, 5) - 1
+    slope = torch.stack((torch.tan(torch.deg2rad(15 * u[:, 4])), torch.zeros(40)), dim=1)
+    then = geometry.affine_matrix(
+        (8, 8), degrees=20 * u[:, 0], translate=(0.2 * 8 * u[:, 1:3]).round(), scale=1 + 0.2 * u[:, 3], slope=slope
+    )
+    expected = geometry.warp(expected, then, "nearest")
+    amounts = (0.4, 0.4, 0.4, 0.1)
+    expected = color.color_jitter(expected, *color.jitter_draws(draw(Stream.COLOR_JITTER, 8), amounts), amounts)
+    operations = policies.randaugment(draw(Stream.POLICY, 4).unflatten(1, (2, 2)), 9, (8, 8))
+    expected, last = policies.apply_operations(expected, *operations, "nearest")
+    u = draw(Stream.CUTOUT, 2)
+    expected = ops.cutout(as_float(expected), (u[:, 0] * 8).long(), (u[:, 1] * 8).long(), 3, fill)
+    u = draw(Stream.ERASING, 23)
+    erased = ops.erase(expected, *ops.erasing_rectangles(u[:, 1:], 8, 8), fill)
+    expected = torch.where((u[:, 0] < 0.7)[:, None, None, None], erased, expected)
+
+    torch.testing.assert_close(views.augmented, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        views.affine, geometry.compose_affines(geometry.compose_affines(first, then), last), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("policy", ["randaugment", "autoaugment_cifar10", "trivialaugment_wide"])
+def test_the_composed_affine_leads_from_the_last_view_to_the_stored_image(policy):
+    """A smooth image survives being resampled up to five times, so one resampling by the affine shows the same."""
+    y, x = torch.meshgrid(*[torch.linspace(0, 1, 40)] * 2, indexing="ij")
+    image = torch.stack((40 + 180 * x, 220 - 180 * y, 130 + 60 * torch.sin(3 * x + 2 * y))).round().to(torch.uint8)
+    images = image.expand(96, -1, -1, -1)
+    keys = {"random_crop_padding": 4, "horizontal_flip": 0.5, "rotation_degrees": 15.0, "translate_fraction": 0.1}
+    args = AugmentationArguments(**keys, scale_jitter=0.2, shear_degrees=10.0, auto_augment=policy)
+    augmenter = Augmenter(args, 0, (0.0,) * 3, None, 96)
+    operations, _ = augmenter._policy(lambda s, c: counter_uniforms(0, 0, torch.arange(96), s, c), 40, 40)
+    only_moved = (operations <= policies.Operation.ROTATE).all(dim=1)
+    assert only_moved.sum() >= 8
+    views = augmenter(images, torch.arange(96), 0)
+    grid = F.affine_grid(views.affine, images.shape, align_corners=False)
+    inside = F.grid_sample(torch.ones(96, 1, 40, 40), grid, align_corners=False) > 0.999
+    valid = augmenter(torch.full_like(images, 255), torch.arange(96), 0).augmented == 1  # white without zeros mixed in
+    kept = (inside & valid)[only_moved]
+    expected = F.grid_sample(views.stored, grid, align_corners=False)
+    difference = (views.augmented - expected).abs()[only_moved][kept]
+    assert kept.float().mean() > 0.4
+    assert difference.max() < 3 / 255
+    assert difference.mean() < 1 / 255
+
+
+def recovered(affine):
+    """Degrees, shift in pixels of an 8 x 8 image, scale and degrees of horizontal shear: the affine's parameters."""
+    forward = torch.linalg.inv(affine[:, :, :2].double())
+    degrees = torch.rad2deg(torch.atan2(forward[:, 1, 0], forward[:, 0, 0]))
+    scale = torch.linalg.det(forward).sqrt()
+    shear = torch.rad2deg(-(forward[:, :, 0] * forward[:, :, 1]).sum(dim=1).div(scale**2).atan())
+    shift = 4 * (forward @ -affine[:, :, 2:].double())[..., 0]
+    return degrees, shift, scale, shear
+
+
+def test_affine_parameters_are_uniform_in_their_ranges_and_independent():
+    count, images = 6_000, torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    args = AugmentationArguments(rotation_degrees=30.0, translate_fraction=0.25, scale_jitter=0.4, shear_degrees=20.0)
+    augmenter = Augmenter(args, 0, (0.0,), None, count)
+    affine = augmenter(images.expand(count, -1, -1, -1), torch.arange(count), 0).affine
+    degrees, shift, scale, shear = recovered(affine)
+    for values, low, high in ((degrees, -30, 30), (scale, 0.6, 1.4), (shear, -20, 20)):
+        assert kstest(values.numpy(), "uniform", (low, high - low)).pvalue > 1e-3
+    for axis in (0, 1):  # uniform between -2 and 2, rounded
+        values, counts = shift[:, axis].round().unique(return_counts=True)
+        assert values.tolist() == [-2, -1, 0, 1, 2]
+        assert chisquare(counts, count * torch.tensor([1, 2, 2, 2, 1]) / 8).pvalue > 1e-3
+    assert (shift - shift.round()).abs().max() < 1e-4
+    correlation = torch.corrcoef(torch.stack((degrees, *shift.T, scale, shear)))
+    assert (correlation - torch.eye(5)).abs().max() < 5 / count**0.5
+
+
+@pytest.mark.parametrize("key", ["rotation_degrees", "translate_fraction", "scale_jitter", "shear_degrees"])
+def test_one_part_of_the_affine_leaves_the_others_alone(key):
+    args = AugmentationArguments(**{key: 0.5})
+    augmenter = Augmenter(args, 0, (0.0,), None, 50)
+    affine = augmenter(torch.zeros(50, 1, 8, 8, dtype=torch.uint8), torch.arange(50), 0).affine
+    degrees, shift, scale, shear = recovered(affine)
+    still = {
+        "rotation_degrees": degrees.abs(), "translate_fraction": shift.abs().amax(dim=1),
+        "scale_jitter": (scale - 1).abs(), "shear_degrees": shear.abs(),
+    }  # fmt: skip
+    assert still.pop(key).max() > 0.3
+    assert all(value.max() < 1e-4 for value in still.values())
+
+
+def test_erasing_leaves_the_mean_colour_as_often_as_asked(split):
+    augmenter = make_augmenter(split, AugmentationArguments(random_erasing=0.3))
+    index = torch.arange(64)
+    views = [augmenter(split[0], index, epoch) for epoch in range(30)]
+    changed = torch.cat([(v.augmented != v.stored).any(dim=1) for v in views])
+    pixels = torch.cat([v.augmented for v in views]).transpose(0, 1)[:, changed]
+    assert torch.equal(pixels, torch.tensor(FILL)[:, None].expand_as(pixels))
+    assert changed.flatten(1).any(dim=1).float().mean().item() == pytest.approx(0.3, abs=0.05)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [8, 28])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_small_and_grey_images_are_augmented_within_their_range(generator, name, channels, size):
+    images = torch.randint(256, (32, channels, size, size), generator=generator, dtype=torch.uint8)
+    fill = (0.5,) * channels
+    augmenter = Augmenter(SETTINGS[name], 0, fill, lambda index: (images[index], index), 32)
+    views = augmenter(images, torch.arange(32), 0)
+    assert views.augmented.shape == images.shape
+    assert views.augmented.min() >= 0
+    assert views.augmented.max() <= 1
+    assert torch.isfinite(views.affine).all()
 
 
 @pytest.mark.parametrize("name", ["mixup", "cutmix", "both"])

@@ -1,10 +1,12 @@
-"""Augmentations of a batch with one set of parameters per sample, on the batch's own device.
+"""Crops, flips, covered regions and mixing of a batch, one set of parameters per sample, on the batch's own device.
 
 Every geometric operation also returns where it looked: an affine ``(B, 2, 3)`` that maps output to input coordinates,
-both in [-1, 1] over the image as in `torch.nn.functional.affine_grid(align_corners=False)`.
+both in [-1, 1] over the image as in `torch.nn.functional.affine_grid(align_corners=False)`. Other warps are in
+`hf_ihb.functional.geometry`, colours in `hf_ihb.functional.color`, policies of both in `hf_ihb.functional.policies`.
 """
 
 import functools
+import math
 
 import torch
 from scipy.special import betaincinv
@@ -45,6 +47,27 @@ def crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, padding: 
     return views * inside[:, None], affine
 
 
+def rectangle_mask(top: Tensor, left: Tensor, tall: Tensor, wide: Tensor, height: int, width: int) -> Tensor:
+    """Rectangles, clipped at the border.
+
+    Args:
+        top: ``(B,)`` int64 first row.
+        left: ``(B,)`` int64 first column.
+        tall: ``(B,)`` or scalar int64 number of rows.
+        wide: ``(B,)`` or scalar int64 number of columns.
+        height: Image rows.
+        width: Image columns.
+
+    Returns:
+        ``(B, 1, H, W)`` bool, true inside the rectangle.
+    """
+    rows = torch.arange(height, device=top.device)
+    columns = torch.arange(width, device=top.device)
+    in_rows = (rows >= top[:, None]) & (rows < (top + tall)[:, None])
+    in_columns = (columns >= left[:, None]) & (columns < (left + wide)[:, None])
+    return (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
+
+
 def box_mask(
     center_y: Tensor, center_x: Tensor, box_height: Tensor, box_width: Tensor, height: int, width: int
 ) -> Tensor:
@@ -61,12 +84,8 @@ def box_mask(
     Returns:
         ``(B, 1, H, W)`` bool, true inside the box.
     """
-    rows = torch.arange(height, device=center_y.device)
-    columns = torch.arange(width, device=center_y.device)
     half_y, half_x = box_height // 2, box_width // 2
-    in_rows = (rows >= (center_y - half_y)[:, None]) & (rows < (center_y + half_y)[:, None])
-    in_columns = (columns >= (center_x - half_x)[:, None]) & (columns < (center_x + half_x)[:, None])
-    return (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
+    return rectangle_mask(center_y - half_y, center_x - half_x, 2 * half_y, 2 * half_x, height, width)
 
 
 def cutout(images: Tensor, center_y: Tensor, center_x: Tensor, size: int, fill: Tensor) -> Tensor:
@@ -87,6 +106,55 @@ def cutout(images: Tensor, center_y: Tensor, center_x: Tensor, size: int, fill: 
     """
     side = torch.as_tensor(size, device=images.device)
     covered = box_mask(center_y, center_x, side, side, *images.shape[-2:])
+    return torch.where(covered, fill.to(images)[:, None, None], images)
+
+
+ERASING_TRIES = 10
+
+
+def erasing_rectangles(
+    uniforms: Tensor,
+    height: int,
+    width: int,
+    area: tuple[float, float] = (0.02, 0.33),
+    ratio: tuple[float, float] = (0.3, 3.3),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draws a rectangle that lies inside the image: the first of `ERASING_TRIES` shapes that fits, at a uniform place.
+
+    All tries are drawn at once, which gives the distribution of torchvision's rejection loop without looping; forcing a
+    single draw to fit would pile up rectangles of nearly the image's side.
+
+    Args:
+        uniforms: ``(B, 2 + 2 * ERASING_TRIES)`` in [0, 1).
+        height: Image rows.
+        width: Image columns.
+        area: Smallest and largest share of the image, drawn uniformly.
+        ratio: Smallest and largest quotient of rows and columns, drawn log-uniformly.
+
+    Returns:
+        First row, first column, rows and columns, ``(B,)`` int64 each; no rows and columns if no shape fits.
+
+    References:
+        Zhong et al., 2017, https://arxiv.org/abs/1708.04896
+    """
+    low, high = (math.log(bound) for bound in ratio)
+    pixels = height * width * (area[0] + (area[1] - area[0]) * uniforms[:, 2 : 2 + ERASING_TRIES])
+    quotient = (low + (high - low) * uniforms[:, 2 + ERASING_TRIES :]).exp()
+    tall, wide = (pixels * quotient).sqrt().round().long(), (pixels / quotient).sqrt().round().long()
+    fits = (tall < height) & (wide < width)
+    first = fits.int().argmax(dim=1, keepdim=True)
+    tall, wide = (torch.where(fits, side, 0).gather(1, first)[:, 0] for side in (tall, wide))
+    top, left = uniforms[:, 0] * (height - tall + 1), uniforms[:, 1] * (width - wide + 1)
+    return top.long(), left.long(), tall, wide
+
+
+def erase(images: Tensor, top: Tensor, left: Tensor, tall: Tensor, wide: Tensor, fill: Tensor) -> Tensor:
+    """Covers one rectangle per image; arguments as from `erasing_rectangles` and in `cutout`.
+
+    Returns:
+        ``(B, C, H, W)``.
+    """
+    covered = rectangle_mask(top, left, tall, wide, *images.shape[-2:])
     return torch.where(covered, fill.to(images)[:, None, None], images)
 
 

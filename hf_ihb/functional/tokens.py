@@ -103,3 +103,53 @@ def token_cosine_distance(student: Tensor, teacher: Tensor, *, mask: Tensor | No
         if mask is None:
             return 1 - cosine.mean(dim=-1)
         return 1 - torch.where(mask, cosine, 0).sum(dim=-1) / mask.sum(dim=-1).clamp_min(1)
+
+
+def correlation_divergence(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    *,
+    mask: Tensor | None = None,
+    include_self: bool = False,
+) -> Tensor:
+    """How differently two models say which images are alike: ``KL(softmax(C_t / T) || softmax(C_s / T))``, row by row.
+
+    ``C`` holds the cosine similarity of each image to the others of the batch.
+
+    Args:
+        student: ``(B, D_s)``, one embedding an image.
+        teacher: ``(B, D_t)``, the same images; D_t may differ from D_s.
+        temperature: T > 0.
+        mask: ``(B,)`` bool, false images are left out.
+        include_self: Keep each image's similarity to itself, which is always 1 and takes most of the softmax.
+
+    Returns:
+        Float32 scalar (float64 for float64) >= 0, the mean over images that take part; 0 if none of them has another
+        to be compared with.
+
+    Raises:
+        ValueError: If the embeddings are not paired.
+
+    References:
+        Tejankar et al., 2021 (ISD), https://arxiv.org/abs/2012.09259; Fang et al., 2021 (SEED),
+        https://arxiv.org/abs/2101.04731
+    """
+    if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher):
+        raise ValueError(f"embeddings must be paired (B, width), got {tuple(student.shape)} and {tuple(teacher.shape)}")
+    with torch.autocast(student.device.type, enabled=False):
+        mask = torch.ones(len(student), dtype=torch.bool, device=student.device) if mask is None else mask
+        pairs = mask[:, None] & mask
+        if not include_self:
+            pairs = pairs & ~torch.eye(len(student), dtype=torch.bool, device=student.device)
+        rows = pairs.any(dim=1)
+
+        def log_shares(embeddings: Tensor) -> Tensor:
+            dtype = torch.promote_types(embeddings.dtype, torch.float32)
+            unit = F.normalize(embeddings.to(dtype), dim=1)
+            # finite, so that a row without pairs has a gradient of zero rather than NaN
+            return (unit @ unit.mT / temperature).masked_fill(~pairs, torch.finfo(dtype).min).log_softmax(dim=1)
+
+        student, teacher = log_shares(student), log_shares(teacher)
+        divergence = torch.where(pairs, teacher.exp() * (teacher - student), 0).sum(dim=1)
+        return torch.where(rows, divergence, 0).sum() / rows.sum().clamp_min(1)

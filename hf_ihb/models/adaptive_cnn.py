@@ -81,9 +81,7 @@ class AdaptiveCNNBlock(nn.Module):
         self.squeeze_excitation = AdaptiveCNNSqueezeExcitation(width, reduction)
         self.shortcut = nn.Identity()
         if stride != 1 or in_width != width:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_width, width, 1, stride, bias=False), nn.BatchNorm2d(width)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(in_width, width, 1, stride, bias=False), nn.BatchNorm2d(width))
 
     def forward(self, hidden_state: Tensor) -> Tensor:
         """``(B, C_in, H, W)`` -> ``(B, C, H / stride, W / stride)``."""

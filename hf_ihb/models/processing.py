@@ -10,18 +10,31 @@ from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmW
 
 
 class PixelFormat(NamedTuple):
-    """Normalisation and size a model was trained with; `mean` and `std` refer to pixels in [0, 1]."""
+    """Normalisation and size a model was trained with.
+
+    Attributes:
+        mean: One value a channel that the model is shown, for pixels in [0, 1].
+        std: Likewise.
+        size: Height and width; None for images as they are.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     size: tuple[int, int] | None
 
     def apply(self, images: Tensor) -> Tensor:
-        """Resizes (bicubic, antialiased) and normalises ``(B, C, H, W)`` float images in [0, 1]."""
+        """Resizes (bicubic, antialiased) and normalises ``(B, C, H, W)`` float images in [0, 1].
+
+        Returns:
+            ``(B, len(mean), H, W)``: grey images become equal channels, and the channels of a colour image their mean
+            where the model is shown one.
+        """
+        if len(self.mean) == 1:
+            images = images.mean(1, keepdim=True)
         if self.size is not None and tuple(images.shape[-2:]) != self.size:
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True).clamp(0, 1)
         mean, std = (torch.tensor(v, device=images.device, dtype=images.dtype) for v in (self.mean, self.std))
-        return (images - mean[:, None, None]) / std[:, None, None]
+        return (images - mean[:, None, None]) / std[:, None, None]  # one channel against three means gives three
 
 
 def pixel_format(processor: Any) -> PixelFormat:
@@ -49,7 +62,13 @@ def _height_and_width(size: Any) -> tuple[int, int] | None:
 
 
 def student_processor(mean: list[float], std: list[float], size: tuple[int, int]) -> ViTImageProcessor:
-    """The image processor saved beside a student, so that `pipeline` sees what training evaluated."""
+    """The image processor saved beside a student, so that `pipeline` sees what training evaluated.
+
+    Args:
+        mean: Of three channels, as `pipeline` makes every image RGB; equal ones for grey images.
+        std: Likewise.
+        size: Height and width.
+    """
     return ViTImageProcessor(
         do_resize=True,
         size={"height": size[0], "width": size[1]},

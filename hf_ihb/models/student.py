@@ -1,21 +1,25 @@
 """Students (and CNNs trained as teachers): built from a recipe, saved as plain Hub models."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import timm
 import torch
 from safetensors import SafetensorError
 from timm.layers import DropPath
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     ConvNextV2Config,
     ConvNextV2ForImageClassification,
+    ConvNextV2Model,
     DeiTConfig,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
+    PreTrainedConfig,
     PreTrainedModel,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
@@ -30,13 +34,19 @@ import hf_ihb.models.timm_cifar  # noqa: F401  registers resnet18_cifar
 from hf_ihb.arguments import ModelArguments
 from hf_ihb.errors import ModelLoadError, RecipeError
 from hf_ihb.models.adaptive_cnn import AdaptiveCNNConfig, AdaptiveCNNForImageClassification
-from hf_ihb.models.processing import student_processor
+from hf_ihb.models.deit import FlexibleDeiTConfig, FlexibleDeiTForImageClassification
+from hf_ihb.models.processing import pixel_format, student_processor
 
-_VITS = {
-    "deit": (DeiTConfig, DeiTForImageClassificationWithTeacher),
-    "deit_cls": (DeiTConfig, DeiTForImageClassification),
-    "vit": (ViTConfig, ViTForImageClassification),
-}
+_VITS = ("deit", "deit_cls", "vit")
+_CNNS = ("adaptive_cnn", "convnextv2")
+_DEIT_KEYS = ("conv_stem", "layer_scale_init", "cls_token_dropout", "inference_head")
+# What a key of `ModelArguments` applies to; the others apply to every architecture.
+_APPLIES_TO = (
+    dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "mlp_ratio"), _VITS)
+    | {"patch_size": (*_VITS, "convnextv2")}
+    | dict.fromkeys(("hidden_sizes", "depths"), _CNNS)
+    | dict.fromkeys(_DEIT_KEYS, ("deit",))
+)
 # Parameters that are tokens or positions: never decayed, and drawn from a truncated normal rather than zero.
 TOKEN_PARAMETERS = (
     "cls_token",
@@ -59,6 +69,10 @@ def build_student(
 ) -> tuple[PreTrainedModel, Any]:
     """The model to train and its image processor.
 
+    Grey images (one mean) are shown as three equal channels wherever the model is one that anyone can load, since
+    `pipeline` makes every image RGB; an image processor therefore always has three means. Our own models
+    ('adaptive_cnn', and 'deit' with an option that makes it ours) have one channel then, and average three.
+
     Args:
         args: Architecture and shape, or the weights to start from.
         label_names: Class names in label order.
@@ -67,31 +81,55 @@ def build_student(
         std: Channel standard deviations.
 
     Raises:
-        RecipeError: If the architecture is unknown or does not fit the image size.
+        RecipeError: If the architecture is unknown, does not fit the image size, or has no such option.
         ModelLoadError: If the weights cannot be loaded, or fit in nothing but name.
     """
     labels = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
+    num_channels = len(mean)
+    if num_channels == 1:
+        mean, std = mean * 3, std * 3
     if args.model_name_or_path is not None:
-        return _from_weights(args, labels)
+        _refuse(args, _DEIT_KEYS, "no such key beside 'model_name_or_path'")
+        return _from_weights(args, labels, image_size)
     architecture = args.architecture or "deit"
-    if architecture in _CNNS:
-        return _CNNS[architecture](args, labels, image_size, len(mean)), student_processor(mean, std, image_size)
-    if architecture in _VITS:
-        return _vit(args, architecture, labels, image_size), student_processor(mean, std, image_size)
-    if architecture not in timm.list_models():
+    if architecture not in (*_VITS, *_CNNS) and architecture not in timm.list_models():
         nearest = ", ".join((*_VITS, *_CNNS, *timm.list_models("*_cifar*")))
         raise RecipeError(f"key 'architecture': expected {nearest} or another timm model, found '{architecture}'")
-    return _timm(args, architecture, labels, image_size, mean, std)
+    foreign = [name for name, owners in _APPLIES_TO.items() if architecture not in owners]
+    _refuse(args, foreign, f"no such key for architecture '{architecture}'")
+    if architecture in _VITS:
+        model = _vit(args, architecture, labels, image_size, num_channels)
+    elif architecture == "adaptive_cnn":
+        model = _adaptive_cnn(args, labels, image_size, num_channels)
+    elif architecture == "convnextv2":
+        hidden_sizes, depths = _stages(args, [96, 192, 384, 768], [3, 3, 9, 3])
+        shape = {"hidden_sizes": hidden_sizes, "depths": depths, "num_stages": len(depths)}
+        model = ConvNextV2ForImageClassification(
+            ConvNextV2Config(**shape, **_small_stem(args, image_size, len(depths)), **labels)
+        )
+    else:
+        return _timm(args, architecture, labels, image_size, mean, std)
+    return model, student_processor(mean, std, image_size)
 
 
-def _vit(args: ModelArguments, architecture: str, labels: dict, image_size: tuple[int, int]) -> PreTrainedModel:
-    config_class, model_class = _VITS[architecture]
+def _refuse(args: ModelArguments, names: Sequence[str], expected: str) -> None:
+    """Refuses keys that would do nothing."""
+    defaults = {f.name: f.default for f in fields(args)}
+    for name in names:
+        if (value := getattr(args, name)) != defaults[name]:
+            raise RecipeError(f"key '{name}': expected {expected}, found {value!r}")
+
+
+def _vit(
+    args: ModelArguments, architecture: str, labels: dict, image_size: tuple[int, int], num_channels: int
+) -> PreTrainedModel:
     patch = args.patch_size or 4
     if image_size[0] != image_size[1] or image_size[0] % patch:
         raise RecipeError(
             f"key 'patch_size': expected square images whose side is a multiple of {patch} px, found "
             f"{image_size[0]} x {image_size[1]} px (see 'image_size')"
         )
+    config_class, model_class, options = _vit_class(args, architecture, num_channels)
     width = args.hidden_size or 192
     config = config_class(
         image_size=image_size[0],
@@ -99,17 +137,37 @@ def _vit(args: ModelArguments, architecture: str, labels: dict, image_size: tupl
         hidden_size=width,
         num_hidden_layers=args.num_hidden_layers or 12,
         num_attention_heads=args.num_attention_heads or 3,
-        intermediate_size=args.intermediate_size or 4 * width,
+        intermediate_size=args.intermediate_size or round((args.mlp_ratio or 4) * width),
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         layer_norm_eps=1e-6,
         initializer_range=0.02,
+        **options,
         **labels,
     )
     model = model_class(config)
     init_tokens(model, config.initializer_range)
     apply_drop_path(model, args.drop_path_rate)
+    apply_cls_token_dropout(model, args.cls_token_dropout)
     return model
+
+
+def _vit_class(
+    args: ModelArguments, architecture: str, num_channels: int
+) -> tuple[type[PreTrainedConfig], type[PreTrainedModel], dict[str, Any]]:
+    """Config, model and its own options: transformers' classes wherever they can hold what the recipe asks for."""
+    if architecture == "vit":
+        return ViTConfig, ViTForImageClassification, {}
+    if args.conv_stem or args.layer_scale_init is not None or args.inference_head == "distillation":
+        options = {
+            "num_channels": num_channels,
+            "conv_stem": args.conv_stem,
+            "layer_scale_init_value": args.layer_scale_init,
+            "inference_head": args.inference_head,
+        }
+        return FlexibleDeiTConfig, FlexibleDeiTForImageClassification, options
+    one_head = architecture == "deit_cls" or args.inference_head == "cls"
+    return DeiTConfig, DeiTForImageClassification if one_head else DeiTForImageClassificationWithTeacher, {}
 
 
 @torch.no_grad()
@@ -146,18 +204,47 @@ def apply_drop_path(model: nn.Module, rate: float) -> None:
         block.dropout = nn.Sequential(dropout, DropPath(block_rate)) if active else DropPath(block_rate)
 
 
+class ClsTokenDropout:
+    """In training, replaces the cls vector of some samples by the mean of their patch tokens.
+
+    Args:
+        probability: Of a sample, in [0, 1).
+        num_prefix_tokens: Tokens before the patches, the cls token first.
+    """
+
+    def __init__(self, probability: float, num_prefix_tokens: int = 2) -> None:
+        self.probability, self.num_prefix_tokens = probability, num_prefix_tokens
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """A forward hook on the final norm; ``(B, T, D)`` -> ``(B, T, D)``."""
+        if not module.training:
+            return output
+        replaced = torch.rand(len(output), 1, device=output.device) < self.probability
+        cls_token = torch.where(replaced, output[:, self.num_prefix_tokens :].mean(1), output[:, 0])
+        return torch.cat((cls_token[:, None], output[:, 1:]), dim=1)
+
+
+def apply_cls_token_dropout(model: nn.Module, probability: float) -> None:
+    """Puts `ClsTokenDropout` behind the final norm of a DeiT.
+
+    It has no parameters and no place in the config, so the saved model stays the plain one.
+    """
+    if probability > 0:
+        model.deit.layernorm.register_forward_hook(ClsTokenDropout(probability))
+
+
 def _adaptive_cnn(
     args: ModelArguments, labels: dict, size: tuple[int, int], num_channels: int
 ) -> AdaptiveCNNForImageClassification:
-    small = num_channels == 1 and max(size) < 32  # the layout for handwritten digits
+    """The layout follows the data, unless the recipe gives one (which then has no pool in its stem)."""
+    small = num_channels == 1 and max(size) < 32
     layout = ([32, 64, 128], [2, 2, 2]) if small else ([64, 128, 256, 512], [2, 3, 3, 3])
     hidden_sizes, depths = _stages(args, *layout)
-    custom = args.hidden_sizes is not None or args.depths is not None
     config = AdaptiveCNNConfig(
         num_channels=num_channels,
         hidden_sizes=hidden_sizes,
         depths=depths,
-        stem_pool=small and not custom,
+        stem_pool=small and args.hidden_sizes is None and args.depths is None,
         **labels,
     )
     model = AdaptiveCNNForImageClassification(config)
@@ -176,21 +263,6 @@ def _stages(args: ModelArguments, hidden_sizes: list[int], depths: list[int]) ->
     return hidden_sizes, depths
 
 
-def _convnextv2(
-    args: ModelArguments, labels: dict, size: tuple[int, int], num_channels: int
-) -> ConvNextV2ForImageClassification:
-    hidden_sizes, depths = _stages(args, [96, 192, 384, 768], [3, 3, 9, 3])
-    config = ConvNextV2Config(
-        num_channels=num_channels,
-        hidden_sizes=hidden_sizes,
-        depths=depths,
-        num_stages=len(depths),
-        **_small_stem(args, size, len(depths)),
-        **labels,
-    )
-    return ConvNextV2ForImageClassification(config)
-
-
 def _small_stem(args: ModelArguments, size: tuple[int, int], num_stages: int) -> dict[str, Any]:
     """What of a ConvNeXt V2's config belongs to the images rather than to the network."""
     patch = args.patch_size or 2
@@ -199,7 +271,8 @@ def _small_stem(args: ModelArguments, size: tuple[int, int], num_stages: int) ->
             f"key 'patch_size': expected images of at least {least} px for {num_stages} stages behind a patch of "
             f"{patch} px, found {size[0]} x {size[1]} px (see 'image_size')"
         )
-    return {"patch_size": patch, "image_size": list(size), "drop_path_rate": args.drop_path_rate}
+    side = size[0] if size[0] == size[1] else list(size)
+    return {"patch_size": patch, "image_size": side, "drop_path_rate": args.drop_path_rate}
 
 
 def _timm(
@@ -225,32 +298,76 @@ def _timm(
     return model, TimmWrapperImageProcessor(config.pretrained_cfg, architecture)
 
 
-def _from_weights(args: ModelArguments, labels: dict) -> tuple[PreTrainedModel, Any]:
-    name = args.model_name_or_path
+def _from_weights(args: ModelArguments, labels: dict, image_size: tuple[int, int]) -> tuple[PreTrainedModel, Any]:
+    name, source = args.model_name_or_path, {"revision": args.model_revision or "main", "trust_remote_code": False}
+    load = _small_convnextv2 if args.architecture == "convnextv2" else _with_own_shape
     try:
-        model, info = AutoModelForImageClassification.from_pretrained(
-            name,
-            revision=args.model_revision or "main",
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            dtype=torch.float32,
-            trust_remote_code=False,
-            **labels,
-        )
-        processor = AutoImageProcessor.from_pretrained(
-            name, revision=args.model_revision or "main", trust_remote_code=False
-        )
+        processor = AutoImageProcessor.from_pretrained(name, **source)
+        model, absent = load(args, labels, image_size, **source)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelLoadError(f"model '{name}' could not be loaded: {' '.join(str(error).split())[:300]}") from error
-    new = [*info["missing_keys"], *(k[0] if isinstance(k, tuple) else k for k in info["mismatched_keys"])]
-    if fresh := sorted(k for k in new if not _is_head(k)):
-        raise ModelLoadError(f"model '{name}': expected every weight but the head's, found none that fits {fresh[0]}")
-    apply_drop_path(model, args.drop_path_rate)
+    if absent:
+        raise ModelLoadError(f"model '{name}': expected every weight but the head's, found none that fits {absent[0]}")
+    if args.architecture == "convnextv2":
+        mean, std, _ = pixel_format(processor)
+        processor = student_processor(list(mean), list(std), image_size)
     return model, processor
 
 
-_CNNS = {"adaptive_cnn": _adaptive_cnn, "convnextv2": _convnextv2}
+def _absent(info: dict[str, Any]) -> list[str]:
+    """Names of the parameters that loading left as they were."""
+    mismatched = (key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"])
+    return sorted([*info["missing_keys"], *mismatched])
+
+
+def _with_own_shape(
+    args: ModelArguments, labels: dict, image_size: tuple[int, int], **source: Any
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model as it was saved, behind another head if the classes differ; and the weights that are absent."""
+    model, info = AutoModelForImageClassification.from_pretrained(
+        args.model_name_or_path,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        dtype=torch.float32,
+        **source,
+        **labels,
+    )
+    apply_drop_path(model, args.drop_path_rate)
+    return model, [name for name in _absent(info) if not _is_head(name)]
+
+
+def _small_convnextv2(
+    args: ModelArguments, labels: dict, image_size: tuple[int, int], **source: Any
+) -> tuple[ConvNextV2ForImageClassification, list[str]]:
+    """The stages and final norm of a ConvNeXt V2 behind a new stem (patches and their norm) and a new head.
+
+    Both are drawn as from scratch; the stem is kept where it has the patch size that is wanted.
+    """
+    name = args.model_name_or_path
+    config = AutoConfig.from_pretrained(name, **source)
+    if not isinstance(config, ConvNextV2Config):
+        raise RecipeError(
+            f"key 'model_name_or_path': expected a ConvNeXt V2 of transformers beside architecture 'convnextv2', found "
+            f"'{name}', a {config.model_type}"
+        )
+    trained, info = ConvNextV2Model.from_pretrained(
+        name,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        dtype=torch.float32,
+        **source,
+    )
+    stem = _small_stem(args, image_size, len(config.depths))
+    keeps_stem = trained.config.patch_size == stem["patch_size"]
+    for key, value in (stem | labels).items():
+        setattr(config, key, value)
+    model = ConvNextV2ForImageClassification(config)
+    parts = ["encoder", "layernorm"] + ["embeddings"] * keeps_stem
+    for part in parts:
+        getattr(model.convnextv2, part).load_state_dict(getattr(trained, part).state_dict())
+    return model, [key for key in _absent(info) if key.startswith(tuple(parts))]
 
 
 def input_size(model: PreTrainedModel) -> tuple[int, int] | None:

@@ -131,6 +131,15 @@ class Teacher:
             raise TeacherMismatchError(f"teacher '{self.name}', key 'teacher_norm': expected a final norm, found none")
         return [m._replace(tokens=norm(m.tokens)) for m in maps]
 
+    @torch.no_grad()
+    def normed(self, feature_map: FeatureMap) -> FeatureMap:
+        """A block's output after the model's final norm; as it is where the model has none."""
+        norm = final_norm(self.model)
+        if norm is None:
+            return feature_map
+        tokens = feature_map.tokens
+        return feature_map._replace(tokens=norm(tokens.to(self.model.dtype)).to(tokens.dtype))
+
 
 def load_teacher(
     args: TeacherArguments,
@@ -177,8 +186,9 @@ def load_teacher(
     if args.teacher_normalization == "dataset":
         if dataset_statistics is None:
             raise ValueError("key 'teacher_normalization': expected the data set's mean and std with it, found none")
-        mean, std = dataset_statistics
-        pixels = pixels._replace(mean=tuple(mean), std=tuple(std))
+        # one channel of a greyscale set stands for all of the teacher's
+        mean, std = (tuple(v) * (len(pixels.mean) // len(v)) for v in dataset_statistics)
+        pixels = pixels._replace(mean=mean, std=std)
     names = label_names if needs_logits else None
     return Teacher(model, pixels, names, args.teacher_assume_same_label_order, args.teacher_control)
 

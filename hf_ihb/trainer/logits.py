@@ -3,13 +3,14 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import DeiTForImageClassification, PreTrainedModel, TrainingArguments
 
 from hf_ihb.arguments import LogitDistillationTrainingArguments
 from hf_ihb.errors import TeacherMismatchError
-from hf_ihb.losses import logit_distillation_loss, warmup_factor
-from hf_ihb.models.module import StudentOutput
+from hf_ihb.losses import logit_distillation_loss, scheduled_alpha
+from hf_ihb.models.module import StudentModule, StudentOutput
 from hf_ihb.trainer.distillation import DistillationTrainer, spread
 from hf_ihb.views import Views
 
@@ -17,9 +18,14 @@ from hf_ihb.views import Views
 class LogitDistillationTrainer(DistillationTrainer):
     """Distillation by class scores: cross-entropy on the cls head, the teacher on the distillation head.
 
-    ``loss = (1 - alpha) * CE(cls, labels) + alpha * KD(distillation, teacher)``. A student with one head gets both on
-    its `logits`. Before training the teacher is scored on the evaluation set (on training images if there is none);
-    at chance it is refused.
+    ``loss = (1 - alpha) * CE(cls, labels) + alpha * KD(distillation, teacher)``. With ``distilled_heads='both'`` each
+    is the mean over both heads, and a student with one head gets both on its `logits` either way. Before training the
+    teacher is scored on the evaluation set (on training images if there is none); at chance it is refused, unless it
+    is a control.
+
+    A `DeiTForImageClassification` has a distillation token and no head on it. It gets a student-side one, which is
+    trained by the teacher and never part of the saved student; not with ``distilled_heads='both'``, where its one head
+    gets both.
 
     References:
         Hinton et al., 2015, https://arxiv.org/abs/1503.02531; Touvron et al., 2021, https://arxiv.org/abs/2012.12877
@@ -28,6 +34,20 @@ class LogitDistillationTrainer(DistillationTrainer):
     arguments_class = LogitDistillationTrainingArguments
     needs_logits = True
     _SCORED_TRAINING_IMAGES = 1000
+
+    def _module(self, student: PreTrainedModel, args: TrainingArguments) -> StudentModule:
+        module = super()._module(student, args)
+        if isinstance(student, DeiTForImageClassification) and args.distilled_heads == "distillation":
+            config = student.config
+            # a stream of its own: the student's initialisation must not depend on how it is distilled
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(args.seed)
+                head = nn.Linear(config.hidden_size, config.num_labels)
+                nn.init.trunc_normal_(head.weight, std=config.initializer_range)
+                nn.init.zeros_(head.bias)
+            last = config.num_hidden_layers - 1
+            module = StudentModule(student, final_layer=last, distillation_head=head)
+        return module
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `SupervisedTrainer.train`.
@@ -47,7 +67,7 @@ class LogitDistillationTrainer(DistillationTrainer):
         """Accuracy of the teacher on the evaluation set.
 
         Raises:
-            TeacherMismatchError: If it is not above chance by three standard errors.
+            TeacherMismatchError: If it is not above chance by three standard errors and no control.
         """
         if self.eval_dataset is not None:
             datasets = self.eval_dataset
@@ -64,7 +84,8 @@ class LogitDistillationTrainer(DistillationTrainer):
             correct, count = correct + int(hits.sum()), count + len(hits)
         num_labels = self.student.config.num_labels
         accuracy, chance = correct / count, 1 / num_labels
-        if accuracy <= chance + 3 * (chance * (1 - chance) / count) ** 0.5:
+        control = getattr(self.teacher, "control", "none") != "none"
+        if not control and accuracy <= chance + 3 * (chance * (1 - chance) / count) ** 0.5:
             raise TeacherMismatchError(
                 f"teacher '{self.teacher.name}': expected accuracy above chance, {chance:.3f}, found {accuracy:.3f} "
                 f"on {count} images; its labels are probably in another order, or it wants other pixels"
@@ -95,11 +116,34 @@ class LogitDistillationTrainer(DistillationTrainer):
         self, outputs: StudentOutput, targets: Tensor, inputs: dict[str, Any], views: Views | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See the class."""
-        args, distilled = self.args, outputs.heads[-1]
+        args = self.args
+        taught = distilled = (outputs.logits,)
+        if outputs.cls_logits is not None:
+            taught, distilled = (outputs.cls_logits,), (outputs.distillation_logits,)
+            if args.distilled_heads == "both":
+                taught = distilled = taught + distilled
         teacher = self._teacher_logits(inputs, views)
-        task = self._task_loss(outputs.heads[:1], outputs, targets, inputs)
-        kd = logit_distillation_loss(distilled, teacher, args.distillation_type, args.temperature)
-        factor = warmup_factor(self._epoch, args.distillation_warmup_epochs, args.distillation_warmup_type)
-        alpha = args.alpha * factor
-        agreement = (distilled.detach().argmax(-1) == teacher.argmax(-1)).float().mean()
-        return (1 - alpha) * task + alpha * kd, {"task_loss": task, "kd_loss": kd, "teacher_agreement": agreement}
+        task = self._task_loss(taught, outputs, targets, inputs)
+        kd = torch.stack(
+            [logit_distillation_loss(head, teacher, args.distillation_type, args.temperature) for head in distilled]
+        ).mean()
+        decision = torch.stack(distilled).detach().mean(0).argmax(-1)
+        components = {
+            "task_loss": task,
+            "kd_loss": kd,
+            "teacher_agreement": (decision == teacher.argmax(-1)).float().mean(),
+        }
+        return (1 - self._alpha) * task + self._alpha * kd, components
+
+    @property
+    def _alpha(self) -> float:
+        args = self.args
+        return scheduled_alpha(
+            self._epoch,
+            self._num_epochs,
+            args.alpha_start,
+            args.alpha,
+            args.alpha_schedule,
+            args.distillation_warmup_epochs,
+            args.distillation_warmup_type,
+        )

@@ -3,21 +3,19 @@
 import contextlib
 import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
-from hf_ihb.arguments import (
-    AugmentationArguments,
-    SupervisedTrainingArguments,
-)
+from hf_ihb.arguments import AugmentationArguments, SupervisedTrainingArguments
 from hf_ihb.checkpoint import load_module, newest_checkpoint, save_module
 from hf_ihb.data import collate_images
 from hf_ihb.errors import CheckpointError, DataError, NumericsError
@@ -25,20 +23,9 @@ from hf_ihb.losses import task_loss
 from hf_ihb.models.module import StudentModule, StudentOutput
 from hf_ihb.models.processing import pixel_format
 from hf_ihb.models.student import TOKEN_PARAMETERS, input_size
+from hf_ihb.trainer.averaging import Averaging
+from hf_ihb.trainer.callbacks import EarlyStopping, Hooks
 from hf_ihb.views import Augmenter, Views, as_float, class_targets
-
-
-class _Hooks(TrainerCallback):
-    """Calls back into the trainer where `Trainer` has no method to override."""
-
-    def __init__(self, trainer: "SupervisedTrainer") -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer._begin_training()
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer._check_finite()
 
 
 class SupervisedTrainer(Trainer):
@@ -46,6 +33,9 @@ class SupervisedTrainer(Trainer):
 
     Takes what `Trainer` takes. A batch of stored images (uint8 ``pixel_values`` and ``index``, as `ImageSplit` gives)
     is augmented and normalised on the device; a batch of float ``pixel_values`` is used as it is.
+
+    With `ema_decay` or `swa_start` an average of the weights is evaluated, selected and saved in the place of the raw
+    ones, and is what `student` holds after training.
 
     Args:
         model: An image classifier of transformers; saved in its own format. `student` is this object.
@@ -108,9 +98,14 @@ class SupervisedTrainer(Trainer):
                 "logits": user_hook(outputs["logits"], labels),
             }
         self._metric_sums: dict[str, list[float]] = {}
+        self._steps_per_epoch: int | None = None
         self._reset_window()
         self._quiet = self.args.disable_tqdm or not self.is_world_process_zero()
-        self.add_callback(_Hooks(self))
+        self._averaging = Averaging(self)
+        self.add_callback(self._averaging)
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStopping(args.early_stopping_patience, args.early_stopping_threshold))
+        self.add_callback(Hooks(self))
 
     @property
     def student(self) -> PreTrainedModel:
@@ -174,6 +169,8 @@ class SupervisedTrainer(Trainer):
             return (loss, self._evaluation_outputs(outputs, inputs)) if return_outputs else loss
         targets = class_targets(labels, num_labels, self.args.label_smoothing_factor, views)
         loss, components = self.training_losses(outputs, targets, inputs, views)
+        if outputs.cls_logits is not None:  # a head that no loss uses gets a gradient as well: DDP counts on it
+            loss = loss + 0 * (outputs.cls_logits.mean() + outputs.distillation_logits.mean())
         self._record(loss, components)
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
@@ -198,7 +195,7 @@ class SupervisedTrainer(Trainer):
         task = self._task_loss(outputs.heads, outputs, targets, inputs)
         return task, {"task_loss": task}
 
-    def _task_loss(self, heads: list[Tensor], outputs: StudentOutput, targets: Tensor, inputs: dict) -> Tensor:
+    def _task_loss(self, heads: Sequence[Tensor], outputs: StudentOutput, targets: Tensor, inputs: dict) -> Tensor:
         if self.compute_loss_func is not None:
             return self.compute_loss_func(outputs, inputs["labels"], num_items_in_batch=None)
         return task_loss(heads, targets)
@@ -206,6 +203,13 @@ class SupervisedTrainer(Trainer):
     @property
     def _epoch(self) -> float:
         return self.state.epoch or 0.0
+
+    @property
+    def _num_epochs(self) -> float:
+        """Epochs of the whole training, those that `max_steps` makes."""
+        if self._steps_per_epoch is None:
+            return float(self.args.num_train_epochs)
+        return self.state.max_steps / self._steps_per_epoch
 
     def _student_view(self, inputs: dict[str, Any], train: bool) -> tuple[Tensor, Views | None]:
         images = inputs["pixel_values"]
@@ -228,7 +232,8 @@ class SupervisedTrainer(Trainer):
                 rows_here = rows.cpu()
                 return split.images[rows_here].to(rows.device), split.labels[rows_here].to(rows.device)
 
-            self._augmenter = Augmenter(self.augmentation, self.args.seed, self._pixels.mean, fetch, len(split))
+            fill = self._pixels.mean[: images.shape[1]]  # a grey image has one channel where its processor has three
+            self._augmenter = Augmenter(self.augmentation, self.args.seed, fill, fetch, len(split))
         return self._augmenter(images, index, int(self._epoch))
 
     def _record(self, loss: Tensor, components: dict[str, Tensor]) -> None:
@@ -263,10 +268,13 @@ class SupervisedTrainer(Trainer):
         super().log(logs, start_time)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Parameters with weight decay: no norms, biases, tokens or positions."""
-        shapes = {name: parameter.ndim for name, parameter in model.named_parameters()}
+        """Parameters with weight decay: no norms, biases, tokens or positions, unless `weight_decay_scope` is 'all'."""
+        if self.args.weight_decay_scope == "all":
+            return [name for name, _ in model.named_parameters()]
+        # a ConvNeXt V2 keeps the vectors of its response normalisation as (1, 1, 1, C)
+        vectors = {n for n, p in model.named_parameters() if p.ndim < 2 or (p.ndim > 2 and p.numel() == p.shape[-1])}
         names = super().get_decay_parameter_names(model)
-        return [n for n in names if shapes.get(n, 2) > 1 and n.rsplit(".", 1)[-1] not in TOKEN_PARAMETERS]
+        return [n for n in names if n not in vectors and n.rsplit(".", 1)[-1] not in TOKEN_PARAMETERS]
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
@@ -277,6 +285,21 @@ class SupervisedTrainer(Trainer):
             nesterov = given.pop("nesterov", "false").lower() == "true"
             kwargs |= {"nesterov": nesterov, **{name: float(value) for name, value in given.items()}}
         return optimizer, kwargs
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
+        """As `Trainer.set_initial_training_values`; keeps the optimizer steps of an epoch for the schedules."""
+        values = super().set_initial_training_values(args, dataloader)
+        self._steps_per_epoch = values[1]
+        return values
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """As `Trainer.create_scheduler`; with `swa_learning_rate` the schedule approaches it from `swa_start` on."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.args.swa_learning_rate is not None:
+            if self._steps_per_epoch is None:
+                self.set_initial_training_values(self.args, self.get_train_dataloader())
+            self._averaging.anneal(scheduler, num_training_steps, self._steps_per_epoch)
+        return scheduler
 
     # ---- Data ----
 
@@ -334,9 +357,14 @@ class SupervisedTrainer(Trainer):
         return (loss, None, None) if prediction_loss_only else (loss, outputs, inputs.get("labels"))
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.evaluation_loop`; `predictions` are the logits of inference."""
+        """As `Trainer.evaluation_loop`; `predictions` are the logits of inference, metrics those of the main process.
+
+        A user's metric may differ between processes; a run that is stopped or saved on one of them alone would hang.
+        """
         started, self._metric_sums, self._eval_dataset = time.perf_counter(), {}, dataloader.dataset
-        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        with self._averaging.applied():
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
+        output = output._replace(metrics=broadcast_object_list([output.metrics])[0])
         self._window_start += time.perf_counter() - started  # not training time
         if isinstance(output.predictions, dict):
             output = output._replace(predictions=output.predictions["logits"])
@@ -357,6 +385,15 @@ class SupervisedTrainer(Trainer):
 
     # ---- Checkpoints ----
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`, of the weights that are evaluated; a checkpoint keeps the raw ones as well."""
+        if _internal_call and output_dir is not None:  # a checkpoint
+            super().save_model(output_dir, _internal_call=True)
+            self._averaging.save(Path(output_dir))
+        else:
+            with self._averaging.applied():
+                super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         # no training_args.bin: it is a pickle that holds the Hub token
         if not self.args.should_save:
@@ -371,10 +408,11 @@ class SupervisedTrainer(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # their own files, read by the module's own names
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
+            self._averaging.load(Path(resume_from_checkpoint))
             load_module(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
-            load_module(self.accelerator.unwrap_model(self.model), Path(self.state.best_model_checkpoint))
+            self._averaging.load_best(Path(self.state.best_model_checkpoint))

@@ -5,18 +5,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.stats import beta as beta_distribution
+from scipy.stats import ks_2samp
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from hf_ihb.functional.augment import (
+    ERASING_TRIES,
     beta_from_uniform,
     box_mask,
     crop_flip,
     cutmix_weight,
     cutout,
+    erase,
+    erasing_rectangles,
     identity_affine,
     mix,
+    rectangle_mask,
     smoothed_one_hot,
 )
+from hf_ihb.functional.random import counter_uniforms
 
 
 def crop_parameters(generator, batch, padding):
@@ -90,6 +97,61 @@ def test_cutout_replaces_exactly_the_clipped_square_by_the_fill(generator, size)
 def test_an_even_cutout_inside_the_image_covers_its_side_squared():
     covered = cutout(torch.zeros(1, 1, 9, 9), torch.tensor([4]), torch.tensor([4]), 4, torch.ones(1)).sum()
     assert covered == 16
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (5, 11)])
+def test_rectangle_mask_equals_slicing(generator, height, width):
+    top, left = (torch.randint(-3, n + 3, (40,), generator=generator) for n in (height, width))
+    tall, wide = (torch.randint(n + 4, (40,), generator=generator) for n in (height, width))
+    masks = rectangle_mask(top, left, tall, wide, height, width)
+    for mask, t, l, h, w in zip(masks[:, 0], *(v.tolist() for v in (top, left, tall, wide)), strict=True):  # noqa: E741
+        expected = torch.zeros(height, width, dtype=torch.bool)
+        expected[max(t, 0) : max(t + h, 0), max(l, 0) : max(l + w, 0)] = True
+        assert torch.equal(mask, expected)
+
+
+def erasing_loop(u, height, width):
+    """One try after the other, in Python floats."""
+    for k in range(ERASING_TRIES):
+        pixels = height * width * (0.02 + 0.31 * u[2 + k])
+        ratio = math.exp(math.log(0.3) + (math.log(3.3) - math.log(0.3)) * u[2 + ERASING_TRIES + k])
+        tall, wide = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+        if tall < height and wide < width:
+            return int(u[0] * (height - tall + 1)), int(u[1] * (width - wide + 1)), tall, wide
+    return None
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (8, 8), (4, 40), (1, 9)])
+def test_tries_drawn_at_once_equal_a_loop_that_rejects(generator, height, width):
+    u = torch.rand(400, 2 + 2 * ERASING_TRIES, generator=generator)
+    found = torch.stack(erasing_rectangles(u, height, width), dim=1).tolist()
+    expected = [erasing_loop(row, height, width) for row in u.tolist()]
+    differing = sum(f[2:] != [0, 0] if e is None else f != list(e) for f, e in zip(found, expected, strict=True))
+    assert differing <= 2  # sides that lie on a half to seven digits
+    assert any(e is None for e in expected) == (height != width)  # then it is nothing that is erased
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (12, 40)])
+def test_erased_rectangles_are_distributed_as_torchvisions(height, width):
+    u = counter_uniforms(0, 0, torch.arange(3000), 7, 2 + 2 * ERASING_TRIES)
+    ours = torch.stack(erasing_rectangles(u, height, width), dim=1)
+    transform, image = v2.RandomErasing(), torch.zeros(3, height, width)
+    drawn = [transform.make_params([image]) for _ in range(3000)]
+    theirs = torch.tensor([[d["i"], d["j"], d["h"], d["w"]] for d in drawn if d["v"] is not None])
+    assert (ours[:, 0] + ours[:, 2] <= height).all()
+    assert (ours[:, 1] + ours[:, 3] <= width).all()
+    for a, b in zip((*ours.T, ours[:, 2] * ours[:, 3]), (*theirs.T, theirs[:, 2] * theirs[:, 3]), strict=True):
+        assert ks_2samp(a.numpy(), b.numpy()).pvalue > 1e-3
+
+
+def test_erasing_replaces_exactly_the_rectangle_by_the_fill(generator):
+    images, fill = torch.rand(30, 3, 12, 16, generator=generator), torch.tensor([2.0, 3.0, 4.0])
+    rectangles = erasing_rectangles(torch.rand(30, 2 + 2 * ERASING_TRIES, generator=generator), 12, 16)
+    found = erase(images, *rectangles, fill)
+    for image, result, (top, left, tall, wide) in zip(
+        images, found, torch.stack(rectangles, dim=1).tolist(), strict=True
+    ):
+        assert torch.equal(result, tv.erase(image, top, left, tall, wide, fill[:, None, None]))
 
 
 def test_cutmix_share_is_the_share_of_pixels_that_stay(generator):

@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 import torch
 
-from hf_ihb.functional.similarity import center_positions, centered_gram, gram_distance, hsic, linear_cka
+from hf_ihb.functional.similarity import (
+    center_positions,
+    centered_gram,
+    gram_distance,
+    hsic,
+    linear_cka,
+    published_cka,
+    rbf_cka,
+)
 
 ESTIMATORS = ["biased", "debiased"]
 
@@ -214,7 +222,9 @@ def test_cka_and_its_gradient_survive_any_scale_in_float32(generator, estimator,
         torch.testing.assert_close((scaled.grad.double() * 10.0**exponent), reference.grad, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("function", [linear_cka, lambda x, y: linear_cka(x, y, "debiased"), gram_distance])
+@pytest.mark.parametrize(
+    "function", [linear_cka, lambda x, y: linear_cka(x, y, "debiased"), rbf_cka, published_cka, gram_distance]
+)
 def test_bf16_autocast_changes_neither_dtype_nor_value(generator, function):
     x, y = (randn(generator, 40, 16, dtype=torch.float32) for _ in range(2))
     expected = function(x, y)
@@ -267,6 +277,209 @@ def test_centered_gram_is_hkh_at_unit_mean_square(generator):
     torch.testing.assert_close(inside[:9, :9] / inside.trace(), gram / gram.trace())
 
 
+# ---- RBF kernel ----
+
+
+def reference_rbf_kernel(x, bandwidth=1.0):
+    x = x.double().numpy()
+    distances = np.array([[np.linalg.norm(a - b) for b in x] for a in x])
+    upper = np.sort(distances[np.triu_indices(len(x), 1)])
+    sigma = bandwidth * upper[(len(upper) - 1) // 2]
+    return np.exp(-(distances**2) / (2 * sigma**2))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("bandwidth", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize(("rows", "width_x", "width_y"), [(4, 9, 3), (13, 2, 30), (24, 5, 5)])
+def test_rbf_cka_equals_the_textbook_formula(generator, estimator, bandwidth, rows, width_x, width_y):
+    x = 2 + randn(generator, rows, width_x)
+    y = randn(generator, rows, width_y) + x[:, :1]
+    k, l = (reference_rbf_kernel(v, bandwidth) for v in (x, y))  # noqa: E741
+    cross, self_x, self_y = (reference_hsic(a, b, estimator) for a, b in ((k, l), (k, k), (l, l)))
+    found = rbf_cka(x, y, estimator, bandwidth=bandwidth).item()
+    if self_x > 0 < self_y:
+        assert found == pytest.approx(cross / math.sqrt(self_x * self_y), abs=1e-10)
+    else:
+        assert math.isnan(found)
+
+
+@pytest.mark.parametrize("m", [4, 5])
+def test_debiased_hsic_of_centred_rbf_kernels_is_the_mean_over_all_subsets_of_rows(generator, m):
+    """Of one kernel matrix: with the width of the whole set, a subset's kernel is a part of the whole one."""
+    k, l = (torch.from_numpy(reference_rbf_kernel(randn(generator, 8, 3))) for _ in range(2))  # noqa: E741
+
+    def centred_hsic(rows):
+        h = torch.eye(len(rows), dtype=torch.float64) - 1 / len(rows)
+        a, b = (h @ v[rows][:, rows] @ h for v in (k, l))
+        return hsic((a * b).sum(), a.diagonal(), b.diagonal(), torch.tensor(float(len(rows))), "debiased")
+
+    mean = torch.stack([centred_hsic(list(rows)) for rows in itertools.combinations(range(8), m)]).mean()
+    torch.testing.assert_close(centred_hsic(list(range(8))), mean, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_rbf_cka_ignores_rotation_scale_shift_and_the_joint_order_of_rows(generator, estimator):
+    x, y = randn(generator, 20, 6), randn(generator, 20, 4)
+    expected, order = rbf_cka(x, y, estimator), torch.randperm(20, generator=generator)
+    moved = -3.5 * x @ rotation(generator, 6) + 100 * randn(generator, 6)
+    one = torch.ones((), dtype=torch.float64)
+    torch.testing.assert_close(rbf_cka(x, moved, estimator), one, rtol=0, atol=1e-10)
+    torch.testing.assert_close(rbf_cka(moved, y, estimator), expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(rbf_cka(x[order], y[order], estimator), expected, rtol=0, atol=1e-10)
+    assert abs(rbf_cka(x[order], y, estimator) - expected) > 1e-4
+
+
+def test_a_wide_rbf_kernel_is_the_linear_one(generator):
+    x, y = randn(generator, 20, 6), randn(generator, 20, 4)
+    for estimator in ESTIMATORS:
+        found = rbf_cka(x, y, estimator, bandwidth=300.0)
+        torch.testing.assert_close(found, linear_cka(x, y, estimator), rtol=0, atol=1e-4)
+        assert abs(rbf_cka(x, y, estimator) - found) > 1e-3
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_mask_of_rbf_cka_equals_dropping_the_rows(generator, estimator):
+    x, y = 1 + randn(generator, 5, 14, 3), randn(generator, 5, 14, 6)
+    mask = torch.rand(5, 14, generator=generator) < 0.7
+    garbage = torch.where(mask[..., None], x, torch.nan).requires_grad_()
+    found = rbf_cka(garbage, y, estimator, mask=mask)
+    expected = [rbf_cka(a[m], b[m], estimator) for a, b, m in zip(x, y, mask, strict=True)]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-10)
+    (gradient,) = torch.autograd.grad(found.sum(), garbage)
+    assert (gradient[~mask] == 0).all()
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_gradient_of_rbf_cka_is_that_of_kernels_of_a_fixed_width(generator, estimator):
+    x, y = randn(generator, 9, 3).requires_grad_(), randn(generator, 9, 2).requires_grad_()
+    kernels, h = [], torch.eye(9, dtype=torch.float64) - 1 / 9
+    for v in (x, y):
+        squared = (v[:, None] - v[None]).square().sum(dim=-1)
+        upper = squared.detach()[torch.triu_indices(9, 9, 1).unbind()]
+        kernels.append(h @ torch.exp(-squared / (2 * upper.median())) @ h)
+    pairs = itertools.combinations_with_replacement(kernels, 2)
+    self_x, cross, self_y = (
+        hsic((a * b).sum(), a.diagonal(), b.diagonal(), torch.tensor(9.0), estimator) for a, b in pairs
+    )
+    expected = torch.autograd.grad(cross / (self_x * self_y).sqrt(), (x, y))
+    found = torch.autograd.grad(rbf_cka(x, y, estimator), (x, y))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("estimator", "value"), [("biased", 0.0), ("debiased", math.nan)])
+def test_rbf_cka_of_constant_features_is_undefined_without_a_gradient(generator, estimator, value):
+    x, y = torch.full((9, 4), 0.1).requires_grad_(), randn(generator, 9, 4, dtype=torch.float32)
+    similarity = rbf_cka(x, y, estimator)
+    assert similarity.item() == pytest.approx(value, nan_ok=True)
+    similarity.nan_to_num(0.0).backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+    nobody = torch.zeros(9, dtype=torch.bool)
+    assert rbf_cka(y, y, estimator, mask=nobody).item() == pytest.approx(value, nan_ok=True)
+
+
+# ---- Rows of several processes ----
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(("width_x", "width_y"), [(3, 4), (60, 50)])
+def test_sums_over_processes_are_all_that_cka_needs(generator, estimator, width_x, width_y):
+    """Two processes in one: each asks for the sum of what both have, in the same order, until both have answers."""
+    x, y = 5 + randn(generator, 24, width_x), randn(generator, 24, width_y)
+    y = y + x[:, :1]
+    mask = torch.rand(24, generator=generator) < 0.8
+    halves = [slice(0, 8), slice(8, 24)]
+    whole = linear_cka(x, y, estimator, mask=mask)
+    parts = in_lockstep([
+        lambda reduce, h=h: linear_cka(x[h], y[h], estimator, mask=mask[h], reduce=reduce) for h in halves
+    ])  # fmt: skip
+    for part in parts:
+        torch.testing.assert_close(part, whole, rtol=0, atol=1e-10)
+    alone = torch.stack([linear_cka(x[h], y[h], estimator, mask=mask[h]) for h in halves])
+    assert abs(alone.mean() - whole) > 1e-3
+    tokens, weight = randn(generator, 6, 4, 3), torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    parts = in_lockstep([
+        lambda reduce, h=h: center_positions(tokens[h], weight[h], reduce=reduce) for h in (slice(0, 2), slice(2, 6))
+    ])  # fmt: skip
+    torch.testing.assert_close(torch.cat(parts), center_positions(tokens, weight))
+
+
+def in_lockstep(functions):
+    """Calls each with a `reduce` that sums over all of them: first what they ask is collected, then answered."""
+    answers = []
+    while True:
+        asked, results = [], []
+        for function in functions:
+            known = iter(answers)
+
+            def reduce(tensor, known=known):
+                if (answer := next(known, None)) is None:
+                    raise _NotYetError(tensor)
+                return answer
+
+            try:
+                results.append(function(reduce))
+            except _NotYetError as request:
+                asked.append(request.args[0])
+        if results:
+            assert not asked
+            return results
+        answers.append(sum(asked))
+
+
+class _NotYetError(Exception):
+    """Carries a tensor whose sum over processes is not known yet."""
+
+
+# ---- As published ----
+
+
+@pytest.mark.parametrize(("epsilon", "value"), [(0.3, 0.82), (0.1, 0.02)])
+def test_the_published_epsilon_drowns_small_variation_that_the_corrected_form_sees(generator, epsilon, value):
+    x = 1 + epsilon * randn(generator, 64, 256, dtype=torch.float32)
+    assert published_cka(x, x).item() == pytest.approx(value, abs=0.02)
+    for estimator in ESTIMATORS:
+        assert linear_cka(x, x, estimator) >= 0.999
+
+
+@pytest.mark.parametrize(("rows", "width_x", "width_y"), [(6, 40, 30), (30, 5, 7)])
+def test_published_cka_equals_its_formula_on_whole_matrices(generator, rows, width_x, width_y):
+    x, y = 0.5 + randn(generator, rows, width_x), randn(generator, rows, width_y)
+    h = np.eye(rows) - 1 / rows
+    k, l = (  # noqa: E741
+        h @ (u @ u.T) @ h for u in (v.numpy() / np.linalg.norm(v.numpy(), axis=1, keepdims=True) for v in (x, y))
+    )
+    cross, self_x, self_y = ((a * b).sum() / (rows - 1) ** 2 for a, b in ((k, l), (k, k), (l, l)))
+    assert published_cka(x, y).item() == pytest.approx(cross / math.sqrt(self_x * self_y + 1e-8), abs=1e-12)
+
+
+def test_a_mask_of_published_cka_equals_dropping_the_rows(generator):
+    x, y = 1 + randn(generator, 5, 14, 3), randn(generator, 5, 14, 6)
+    mask = torch.rand(5, 14, generator=generator) < 0.7
+    garbage = torch.where(mask[..., None], x, torch.nan).requires_grad_()
+    found = published_cka(garbage, y, mask=mask)
+    expected = [published_cka(a[m], b[m]) for a, b, m in zip(x, y, mask, strict=True)]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-10)
+    assert torch.isfinite(torch.autograd.grad(found.sum(), garbage)[0][mask]).all()
+    assert published_cka(x, y, mask=torch.zeros(5, 14, dtype=torch.bool)).tolist() == [0.0] * 5
+
+
+def test_the_published_gram_distance_is_the_norm_over_the_number_of_entries(generator):
+    x, y = randn(generator, 3, 9, 4).requires_grad_(), randn(generator, 3, 9, 6)
+    published = gram_distance(x, y, normalization="published")
+    torch.testing.assert_close(published, (gram_distance(x, y) * 81).sqrt() / 81)
+    mask = torch.arange(9) < 6
+    inside = gram_distance(x, y, mask=mask.expand(3, 9), normalization="published")
+    torch.testing.assert_close(inside, gram_distance(x[:, :6], y[:, :6], normalization="published"))
+    (gradient,) = torch.autograd.grad(gram_distance(x, x.detach(), normalization="published").sum(), x)
+    assert torch.isfinite(gradient).all()
+    with pytest.raises(ValueError, match="'mean'"):
+        gram_distance(x, y, normalization="mean")
+
+
+# ---- Gram ----
+
+
 def test_gram_distance_equals_loops_over_pairs_of_rows(generator):
     x, y = randn(generator, 9, 4), randn(generator, 9, 6)
     total = 0.0
@@ -309,6 +522,13 @@ def test_centred_positions_have_no_batch_mean_and_no_position_code(generator):
     torch.testing.assert_close(centered, expected)
 
 
+def test_centring_stays_in_float32_under_bf16_autocast(generator):
+    tokens = randn(generator, 6, 5, 4, dtype=torch.float32)
+    expected = center_positions(tokens)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(center_positions(tokens), expected)
+
+
 def test_centring_weighs_images_and_leaves_those_without_weight_out_of_the_mean(generator):
     tokens = randn(generator, 6, 5, 4)
     weight = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
@@ -320,7 +540,7 @@ def test_centring_weighs_images_and_leaves_those_without_weight_out_of_the_mean(
     assert torch.isfinite(center_positions(tokens, torch.zeros(6))).all()
 
 
-@pytest.mark.parametrize("function", [linear_cka, gram_distance])
+@pytest.mark.parametrize("function", [linear_cka, rbf_cka, published_cka, gram_distance])
 def test_features_that_are_not_paired_are_refused_with_both_shapes(function):
     with pytest.raises(ValueError, match=r"\(16, 8\) and \(15, 8\)"):
         function(torch.zeros(16, 8), torch.zeros(15, 8))
@@ -329,5 +549,6 @@ def test_features_that_are_not_paired_are_refused_with_both_shapes(function):
 
 
 def test_an_unknown_estimator_is_refused():
-    with pytest.raises(ValueError, match="'unbiased'"):
-        linear_cka(torch.zeros(4, 2), torch.zeros(4, 2), "unbiased")
+    for function in (linear_cka, rbf_cka):
+        with pytest.raises(ValueError, match="'unbiased'"):
+            function(torch.zeros(4, 2), torch.zeros(4, 2), "unbiased")

@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from hf_ihb.functional.augment import crop_flip, identity_affine
-from hf_ihb.functional.tokens import resample_tokens, resampling_matrix, standardize_tokens, token_cosine_distance
+from hf_ihb.functional.tokens import (
+    correlation_divergence,
+    resample_tokens,
+    resampling_matrix,
+    standardize_tokens,
+    token_cosine_distance,
+)
 
 
 def random_affine(generator, batch):
@@ -63,6 +69,10 @@ def test_a_grid_finer_by_a_whole_factor_is_averaged_over_blocks(generator, grid,
 
 def test_bilinear_resampling_to_half_the_grid_is_two_by_two_pooling(generator):
     maps = torch.randn(3, 4, 16, 16, generator=generator)
+    bilinear = F.interpolate(maps, (8, 8), mode="bilinear", align_corners=False)
+    found, inside = resample_tokens(as_tokens(maps), (16, 16), identity_affine(3), (8, 8))
+    torch.testing.assert_close(found, as_tokens(bilinear), rtol=0, atol=1e-6)
+    assert inside.all()
     matrix, _ = resampling_matrix(identity_affine(3), (16, 16), (8, 8))
     torch.testing.assert_close(matrix @ as_tokens(maps), as_tokens(F.avg_pool2d(maps, 2)), rtol=0, atol=1e-5)
 
@@ -170,3 +180,77 @@ def test_standardised_tokens_have_no_position_code_and_unit_channels(generator):
     torch.testing.assert_close(
         standardize_tokens(tokens * other_scale, mean * other_scale, std * other_scale), standardized
     )
+
+
+# ---- Relations between images ----
+
+
+@pytest.mark.parametrize("include_self", [False, True])
+@pytest.mark.parametrize("temperature", [0.1, 2.0])
+def test_the_relation_loss_equals_loops_over_images(generator, include_self, temperature):
+    student = torch.randn(7, 4, generator=generator, dtype=torch.float64)
+    teacher = torch.randn(7, 9, generator=generator, dtype=torch.float64)
+    mask = torch.tensor([True, True, False, True, True, False, True])
+    kept = [i for i in range(7) if mask[i]]
+
+    def shares(embeddings, i):
+        others = [j for j in kept if include_self or j != i]
+        cosines = [torch.cosine_similarity(embeddings[i], embeddings[j], dim=0).item() for j in others]
+        weights = [math.exp(c / temperature) for c in cosines]
+        return [w / sum(weights) for w in weights]
+
+    rows = []
+    for i in kept:
+        p, q = shares(teacher, i), shares(student, i)
+        rows.append(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+    found = correlation_divergence(student, teacher, temperature, mask=mask, include_self=include_self)
+    assert found.item() == pytest.approx(sum(rows) / len(rows), rel=1e-10)
+
+
+def test_the_relation_loss_is_zero_for_a_rotation_and_for_any_length_of_each_embedding(generator):
+    teacher = torch.randn(16, 6, generator=generator)
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=generator))[0]
+    lengths = torch.rand(16, 1, generator=generator) + 0.1
+    assert correlation_divergence(lengths * teacher @ rotation, teacher, 0.1).item() == pytest.approx(0, abs=1e-5)
+    assert correlation_divergence(teacher + 1, teacher, 0.1) > 0.01
+
+
+def test_an_images_similarity_to_itself_hides_the_others(generator):
+    student, teacher = torch.randn(2, 32, 64, generator=generator)
+    hidden = correlation_divergence(student, teacher, 0.1, include_self=True)
+    assert hidden < 0.1 * correlation_divergence(student, teacher, 0.1)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 5])
+@pytest.mark.parametrize("include_self", [False, True])
+def test_images_that_take_no_part_in_relations_get_no_gradient(generator, kept, include_self):
+    student = torch.randn(5, 4, generator=generator).requires_grad_()
+    mask = torch.arange(5) < kept
+    loss = correlation_divergence(
+        student, torch.randn(5, 3, generator=generator), 0.1, mask=mask, include_self=include_self
+    )
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert torch.isfinite(gradient).all()
+    assert (gradient[kept:] == 0).all()
+    needed = 2 if include_self else 3  # a softmax over one image says nothing
+    assert (loss == 0) == (kept < needed)
+
+
+def test_the_gradient_of_the_relation_loss_equals_finite_differences(generator):
+    student = torch.randn(6, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    teacher = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    mask = torch.arange(6) != 2
+    assert torch.autograd.gradcheck(lambda s: correlation_divergence(s, teacher, 0.5, mask=mask), student)
+
+
+def test_the_relation_loss_stays_in_float32_under_bf16_autocast(generator):
+    student, teacher = torch.randn(2, 8, 4, generator=generator)
+    expected = correlation_divergence(student, teacher, 0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(correlation_divergence(student, teacher, 0.1), expected)
+        assert correlation_divergence(student.bfloat16(), teacher.bfloat16(), 0.1).dtype == torch.float32
+
+
+def test_embeddings_that_are_not_paired_are_refused_with_both_shapes():
+    with pytest.raises(ValueError, match=r"\(4, 3\) and \(5, 3\)"):
+        correlation_divergence(torch.zeros(4, 3), torch.zeros(5, 3), 0.1)

@@ -5,7 +5,7 @@ import runpy
 import signal
 import sys
 
-from hf_ihb.trainer import supervised
+from hf_ihb.trainer import callbacks
 
 
 def _die(self, args, state, control, **kwargs):
@@ -14,6 +14,6 @@ def _die(self, args, state, control, **kwargs):
 
 
 if "KILL_AT_STEP" in os.environ:
-    supervised._Hooks.on_step_end = _die
+    callbacks.Hooks.on_step_end = _die
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")

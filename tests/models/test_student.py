@@ -1,16 +1,37 @@
+import copy
+import json
+import pickle
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from timm.layers import DropPath
 from torch import nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ConvNextImageProcessor,
+    ConvNextV2Config,
+    ConvNextV2ForImageClassification,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    ResNetConfig,
+    ResNetForImageClassification,
+    pipeline,
+)
+from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2DropPath
 
 from hf_ihb.arguments import ModelArguments
 from hf_ihb.errors import ModelLoadError, RecipeError
+from hf_ihb.models.deit import FlexibleDeiTForImageClassification
 from hf_ihb.models.features import extract_features
 from hf_ihb.models.module import StudentModule
 from hf_ihb.models.processing import pixel_format
-from hf_ihb.models.student import apply_drop_path, build_student, init_tokens, input_size
+from hf_ihb.models.student import apply_cls_token_dropout, apply_drop_path, build_student, init_tokens, input_size
 
 NAMES = [f"class {i}" for i in range(10)]
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
@@ -31,11 +52,20 @@ def tokens_of(model):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "parameters"),
-    [("deit", 5_365_076), (None, 5_365_076), ("resnet18_cifar", 11_173_962), ("resnet18_cifar_w16", 701_466)],
+    ("options", "parameters"),
+    [
+        ({"architecture": "deit"}, 5_365_076),
+        ({}, 5_365_076),
+        ({"mlp_ratio": 2.0}, 3_590_996),
+        ({"mlp_ratio": 2.0, "conv_stem": True}, 4_340_660),
+        ({"conv_stem": True}, 6_114_740),
+        ({"architecture": "resnet18_cifar"}, 11_173_962),
+        ({"architecture": "resnet18_cifar_w16"}, 701_466),
+        ({"architecture": "convnextv2"}, 27_870_730),
+    ],
 )
-def test_the_published_architectures_have_their_published_size(architecture, parameters):
-    assert count(build(architecture=architecture)[0]) == parameters
+def test_the_published_architectures_have_their_published_size(options, parameters):
+    assert count(build(**options)[0]) == parameters
 
 
 def test_the_size_of_a_vit_follows_from_its_shape():
@@ -158,12 +188,215 @@ def test_drop_path_on_a_model_without_its_blocks_is_refused():
     apply_drop_path(model, 0.0)
 
 
+# ---- Options of a DeiT ----
+
+
+@pytest.mark.parametrize(
+    ("options", "model_class"),
+    [
+        ({"inference_head": "average"}, DeiTForImageClassificationWithTeacher),
+        ({"inference_head": "cls"}, DeiTForImageClassification),
+        ({"cls_token_dropout": 0.2, "mlp_ratio": 2.5}, DeiTForImageClassificationWithTeacher),
+        ({"inference_head": "distillation"}, FlexibleDeiTForImageClassification),
+        ({"conv_stem": True}, FlexibleDeiTForImageClassification),
+        ({"conv_stem": True, "inference_head": "cls"}, FlexibleDeiTForImageClassification),
+        ({"layer_scale_init": 0.1}, FlexibleDeiTForImageClassification),
+    ],
+)
+def test_what_transformers_own_deit_can_hold_is_transformers_own_deit(options, model_class):
+    model, _ = build(**SMALL, **options)
+    assert type(model) is model_class
+    assert model.config.intermediate_size == (60 if "mlp_ratio" in options else 96)
+    if model_class is FlexibleDeiTForImageClassification:
+        assert model.config.inference_head == options.get("inference_head", "average")
+        assert model.config.conv_stem == options.get("conv_stem", False)
+        assert model.config.layer_scale_init_value == options.get("layer_scale_init")
+        assert all(0 < p.abs().max() <= 0.04 for p in tokens_of(model).values())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "option"),
+    [
+        *((a, o) for a in ("vit", "deit_cls") for o in (
+            {"conv_stem": True}, {"layer_scale_init": 0.1}, {"cls_token_dropout": 0.1}, {"inference_head": "cls"},
+            {"hidden_sizes": [8]}, {"depths": [1]},
+        )),
+        *((a, o) for a in ("adaptive_cnn", "convnextv2", "resnet18_cifar_w16") for o in (
+            {"conv_stem": True}, {"inference_head": "cls"}, {"hidden_size": 192}, {"num_hidden_layers": 2},
+            {"num_attention_heads": 3}, {"intermediate_size": 8}, {"mlp_ratio": 2.0},
+        )),
+        ("adaptive_cnn", {"patch_size": 2}), ("resnet18_cifar_w16", {"patch_size": 2}),
+        ("resnet18_cifar_w16", {"depths": [1]}), ("deit", {"hidden_sizes": [8]}),
+    ],
+)  # fmt: skip
+def test_a_key_that_would_do_nothing_is_refused(architecture, option):
+    ((key, value),) = option.items()
+    with pytest.raises(
+        RecipeError, match=rf"^key '{key}': expected no such key for architecture '{architecture}'"
+    ) as e:
+        build(architecture=architecture, **option)
+    assert str(e.value).endswith(f"found {value!r}")
+
+
+@pytest.mark.parametrize("option", [{"conv_stem": True}, {"cls_token_dropout": 0.1}, {"inference_head": "cls"}])
+def test_an_option_of_a_deit_is_refused_beside_weights(option):
+    with pytest.raises(RecipeError, match=rf"^key '{next(iter(option))}': .*beside 'model_name_or_path'"):
+        build(model_name_or_path="someone/something", **option)
+
+
+# ---- Cls token dropout ----
+
+
+def with_cls_token_dropout(probability):
+    model, _ = build(**SMALL)
+    apply_cls_token_dropout(model, probability)
+    return model
+
+
+def test_the_cls_token_of_some_samples_becomes_the_mean_of_their_patches():
+    model = with_cls_token_dropout(0.3)
+    norm, tokens = model.deit.layernorm.train(), torch.randn(4000, 6, 24)
+    found, expected = norm(tokens), nn.functional.layer_norm(tokens, (24,), norm.weight, norm.bias, norm.eps)
+    assert torch.equal(found[:, 1:], expected[:, 1:])
+    replaced = torch.isclose(found[:, 0], expected[:, 2:].mean(1)).all(1)
+    kept = (found[:, 0] == expected[:, 0]).all(1)
+    assert (replaced ^ kept).all()
+    assert replaced.float().mean().item() == pytest.approx(0.3, abs=0.03)
+    assert torch.equal(norm.eval()(tokens), expected)
+
+
+def test_cls_token_dropout_leaves_weights_config_and_evaluation_unchanged():
+    model, _ = build(**SMALL)
+    pixels, state, config = torch.randn(2, 3, 32, 32), dict(model.state_dict()), model.config.to_dict()
+    expected = model.eval()(pixels).logits
+    apply_cls_token_dropout(model, 0.5)
+    assert model.state_dict().keys() == state.keys()
+    assert model.config.to_dict() == config
+    assert torch.equal(model.eval()(pixels).logits, expected)
+
+
+def test_the_gradient_reaches_the_tokens_that_are_read():
+    model = with_cls_token_dropout(0.5)
+    tokens = torch.randn(64, 6, 24, requires_grad=True)
+    model.deit.layernorm.train()(tokens)[:, 0].square().sum().backward()
+    reached = (tokens.grad != 0).any(-1)
+    assert not reached[:, 1].any()
+    assert (reached[:, 0] ^ reached[:, 2:].all(1)).all()
+    assert 0 < reached[:, 0].sum() < 64
+
+
+def test_copies_drop_cls_tokens_too():
+    model = with_cls_token_dropout(0.999).train()
+    pixels = torch.randn(2, 3, 32, 32)
+    expected = model(pixels)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(twin(pixels).cls_logits, expected.cls_logits)
+    assert not torch.allclose(model.eval()(pixels).cls_logits, expected.cls_logits)
+
+
+# ---- ConvNeXt V2 ----
+
+STAGES = {"hidden_sizes": [8, 16, 24], "depths": [1, 2, 1]}
+
+
+@torch.no_grad()
+def test_a_convnextv2_from_scratch_keeps_a_map_at_its_last_stage():
+    model, processor = build(architecture="convnextv2", drop_path_rate=0.2, depths=[1, 1, 1, 1])
+    _, maps = extract_features(model.eval(), torch.randn(1, 3, 32, 32), [0, 1, 2, 3])
+    assert [m.grid for m in maps] == [(16, 16), (8, 8), (4, 4), (2, 2)]
+    assert [m.tokens.shape[-1] for m in maps] == [96, 192, 384, 768]
+    assert model.config.drop_path_rate == 0.2
+    rates = [m.drop_prob for m in model.modules() if isinstance(m, ConvNextV2DropPath) and m.drop_prob > 0]
+    assert rates == pytest.approx([0.2 / 3, 0.4 / 3, 0.2])
+    assert input_size(model) == (32, 32)
+    assert pixel_format(processor) == (tuple(MEAN), tuple(STD), (32, 32))
+
+
+def test_one_step_moves_every_parameter_of_a_convnextv2():
+    model, _ = build(architecture="convnextv2", **STAGES)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    model.train()(torch.randn(8, 3, 32, 32), labels=torch.arange(8)).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])] == []
+
+
+def test_images_that_the_last_stage_would_not_see_are_refused():
+    with pytest.raises(RecipeError, match=r"key 'patch_size': expected images of at least 16 px .* found 8 x 8 px"):
+        build(architecture="convnextv2", size=(8, 8))
+    assert build(architecture="convnextv2", size=(8, 8), patch_size=1, **STAGES)[0].config.patch_size == 1
+
+
+@pytest.fixture
+def convnext(tmp_path):
+    """A small ConvNeXt V2 as it comes from the Hub: patch 4, 224 px, 5 classes, every weight drawn anew."""
+    model = ConvNextV2ForImageClassification(ConvNextV2Config(**STAGES, num_stages=3, num_labels=5))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(tmp_path)
+    size = {"shortest_edge": 224}
+    ConvNextImageProcessor(size=size, image_mean=[0.4] * 3, image_std=[0.2] * 3).save_pretrained(tmp_path)
+    return model, tmp_path
+
+
+@torch.no_grad()
+def test_a_convnextv2_goes_on_from_its_weights_behind_a_stem_for_small_images(convnext):
+    source, folder = convnext
+    model, processor = build(["a", "b"], architecture="convnextv2", model_name_or_path=str(folder), drop_path_rate=0.1)
+    for part in ("encoder", "layernorm"):
+        found, expected = (m.convnextv2.get_submodule(part).state_dict() for m in (model, source))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    stem = model.convnextv2.embeddings
+    assert stem.patch_embeddings.weight.shape == (8, 3, 2, 2)
+    assert stem.patch_embeddings.weight.std().item() == pytest.approx(0.02, rel=0.3)
+    assert (stem.patch_embeddings.bias == 0).all()
+    assert (stem.layernorm.weight == 1).all()
+    assert (stem.layernorm.bias == 0).all()
+    assert model.classifier.weight.shape == (2, 24)
+    assert model.classifier.weight.std().item() == pytest.approx(0.02, rel=0.4)
+    assert (model.config.id2label, model.config.drop_path_rate) == ({0: "a", 1: "b"}, 0.1)
+    assert input_size(model) == (32, 32)
+    assert pixel_format(processor) == ((0.4,) * 3, (0.2,) * 3, (32, 32))
+    _, maps = extract_features(model.eval(), torch.randn(1, 3, 32, 32), [0, 1, 2])
+    assert [m.grid for m in maps] == [(16, 16), (8, 8), (4, 4)]
+
+
+def test_a_stem_of_the_wanted_patch_is_kept_and_the_head_is_new(convnext):
+    source, folder = convnext
+    names = [f"LABEL_{i}" for i in range(5)]
+    model, _ = build(names, architecture="convnextv2", model_name_or_path=str(folder), patch_size=4)
+    found, expected = (m.convnextv2.state_dict() for m in (model, source))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert model.classifier.weight.std() < 0.1 < source.classifier.weight.std()
+
+
+@pytest.mark.parametrize("fault", ["missing", "mismatched"])
+def test_stages_without_weights_of_theirs_are_refused(convnext, fault):
+    _, folder = convnext
+    state = load_file(folder / "model.safetensors")
+    name = next(key for key in state if "stages.1.layers.1" in key and "pwconv1.weight" in key)
+    tensor = state.pop(name)
+    if fault == "mismatched":
+        state[name] = tensor[:-1].contiguous()
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelLoadError, match=r"expected every weight but the head's, found none that fits .*stages\.1"):
+        build(architecture="convnextv2", model_name_or_path=str(folder))
+
+
+def test_weights_of_another_family_are_refused_for_a_convnextv2(tmp_path):
+    model, processor = build(architecture="vit", **SMALL)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match=r"key 'model_name_or_path': expected a ConvNeXt V2 .*, a vit$"):
+        build(architecture="convnextv2", model_name_or_path=str(tmp_path))
+
+
 # ---- Saved students ----
 
 
-@pytest.mark.parametrize("architecture", ["deit", "deit_cls", "vit", "resnet18_cifar_w16"])
+@pytest.mark.parametrize("architecture", ["deit", "deit_cls", "vit", "resnet18_cifar_w16", "convnextv2"])
 def test_a_student_is_saved_as_a_plain_model_that_loads_again(architecture, tmp_path):
-    shape = SMALL if "resnet" not in architecture else {}
+    shape = {"resnet18_cifar_w16": {}, "convnextv2": STAGES}.get(architecture, SMALL)
     model, processor = build(architecture=architecture, **shape, drop_path_rate=0.2)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -175,6 +408,78 @@ def test_a_student_is_saved_as_a_plain_model_that_loads_again(architecture, tmp_
     assert torch.equal(loaded.eval()(pixels).logits, model.eval()(pixels).logits)
     assert pixel_format(AutoImageProcessor.from_pretrained(tmp_path)) == pixel_format(processor)
     assert pixel_format(processor) == (tuple(MEAN), tuple(STD), (32, 32))
+
+
+_ELSEWHERE = """
+import json, sys
+import torch
+from importlib.abc import MetaPathFinder
+
+class Absent(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "hf_ihb":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+logits = []
+for folder in sys.argv[1:]:
+    model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
+    processor = AutoImageProcessor.from_pretrained(folder)
+    image = torch.arange(3 * 16 * 16, dtype=torch.uint8).view(3, 16, 16)
+    logits.append(model(**processor(image, return_tensors="pt")).logits.tolist())
+print(json.dumps(logits))
+"""
+
+
+@torch.no_grad()
+def test_our_own_models_carry_their_code(tmp_path):
+    image = torch.arange(3 * 16 * 16, dtype=torch.uint8).view(3, 16, 16)
+    folders, expected = [], []
+    for options in (
+        {"architecture": "adaptive_cnn", "hidden_sizes": [16, 32], "depths": [1, 1]},
+        SMALL | {"conv_stem": True, "layer_scale_init": 0.1, "inference_head": "distillation"},
+    ):
+        model, processor = build(size=(16, 16), **options)
+        folders.append(tmp_path / str(len(folders)))
+        for part in (model, processor):
+            part.save_pretrained(folders[-1])
+        expected.append(model.eval()(**processor(image, return_tensors="pt")).logits)
+    command = [sys.executable, "-c", _ELSEWHERE, *map(str, folders)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    for found, logits in zip(json.loads(run.stdout.splitlines()[-1]), expected, strict=True):
+        torch.testing.assert_close(torch.tensor(found), logits)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        SMALL,
+        {"architecture": "vit"} | SMALL,
+        {"architecture": "convnextv2"} | STAGES,
+        {"architecture": "resnet18_cifar_w16"},
+        {"conv_stem": True} | SMALL,
+    ],
+)
+@torch.no_grad()
+def test_the_pipeline_sees_grey_images_as_evaluation_does(options, tmp_path):
+    args = ModelArguments(**options)
+    model, processor = build_student(args, NAMES, (16, 16), [0.4], [0.3])
+    assert pixel_format(processor) == ((0.4,) * 3, (0.3,) * 3, (16, 16))
+    for module in model.modules():  # untrained logits are too alike to tell one normalisation from another
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.3)
+    model.eval().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    images = torch.randint(256, (2, 1, 16, 16), dtype=torch.uint8)
+    expected = model(pixel_format(processor).apply(images.float() / 255)).logits.softmax(-1)
+    answers = pipeline("image-classification", model=str(tmp_path), device="cpu")(
+        [Image.fromarray(image[0].numpy()) for image in images], top_k=10
+    )
+    for answer, scores in zip(answers, expected, strict=True):
+        found = {entry["label"]: entry["score"] for entry in answer}
+        torch.testing.assert_close(torch.tensor([found[name] for name in NAMES]), scores, rtol=1e-3, atol=1e-5)
 
 
 def test_a_timm_model_starts_from_timms_own_initialisation():
@@ -243,7 +548,10 @@ def test_truncated_weights_are_one_line(tmp_path):
 
 
 def test_an_unknown_architecture_is_refused_with_the_nearest_ones():
-    with pytest.raises(RecipeError, match=r"key 'architecture': expected deit, deit_cls, vit.* found 'deit_tiny'"):
+    with pytest.raises(
+        RecipeError,
+        match=r"key 'architecture': expected deit, deit_cls, vit, adaptive_cnn, convnextv2.* found 'deit_tiny'",
+    ):
         build(architecture="deit_tiny")
     with pytest.raises(RecipeError, match=r"resnet18_cifar.* found 'resnet_18'"):
         build(architecture="resnet_18")

@@ -201,6 +201,65 @@ def test_teacher_weights_are_read_in_float32(tmp_path):
     assert load(save(tmp_path, vit().half())).model.dtype == torch.float32
 
 
+# ---- Controls ----
+
+
+def test_an_untrained_teacher_has_the_weights_its_library_draws_from_the_seed(tmp_path):
+    name = save(tmp_path, vit(NAMES[::-1]))
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    teacher = load_teacher(TeacherArguments(teacher_model=name, teacher_control="untrained"), NAMES, True)
+    assert torch.equal(torch.get_rng_state(), state)  # the student is drawn next
+    assert teacher.control == "untrained"
+    assert teacher.permutation.tolist() == [2, 1, 0]
+    assert teacher.pixels == load(name).pixels
+    torch.manual_seed(11)
+    expected = ViTForImageClassification(teacher.model.config).state_dict()
+    trained = load(name).model.state_dict()
+    for key, tensor in teacher.model.state_dict().items():
+        assert torch.equal(tensor, expected[key]), key
+    assert all(not torch.equal(tensor, expected[key]) for key, tensor in trained.items())
+    weights = {}
+    for seed in (3, 3, 4):
+        args = TeacherArguments(teacher_model=name, teacher_control="untrained")
+        model = load_teacher(args, NAMES, True, seed=seed).model
+        found = model.classifier.weight.detach()
+        assert torch.equal(weights.setdefault(seed, found), found)
+    assert not torch.equal(weights[3], weights[4])
+
+
+@pytest.mark.parametrize("logits", [True, False])
+def test_an_untrained_timm_teacher_has_timms_initialisation(tmp_path, logits):
+    """Convolutions of transformers' wrapper come from N(0, 0.02), and no block starts at zero there."""
+    arguments = ModelArguments(architecture="resnet18_cifar_w16")
+    model, _ = build_student(arguments, NAMES, (32, 32), [0.5] * 3, [0.2] * 3)
+    model.save_pretrained(tmp_path)
+    untrained = load(tmp_path, logits=logits, teacher_control="untrained").model.timm_model
+    kernel = untrained.layer4[1].conv1.weight  # Kaiming, fan out: 3 x 3 x 128
+    assert kernel.std().item() == pytest.approx((2 / (9 * 128)) ** 0.5, rel=0.02)
+    assert all((block.bn2.weight == 0).all() for block in untrained.layer4)
+    assert not torch.equal(kernel, model.timm_model.layer4[1].conv1.weight)
+
+
+def test_an_untrained_teacher_needs_no_weights_but_its_classes_must_fit(tmp_path):
+    name = save(tmp_path, vit(["a", "b"]))
+    with pytest.raises(TeacherMismatchError, match="expected 3 classes"):
+        load(name, teacher_control="untrained")
+
+
+def test_the_pixels_can_be_normalised_like_the_data_set(tmp_path):
+    name, statistics = save(tmp_path, vit()), ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    args = TeacherArguments(teacher_model=name, teacher_normalization="dataset")
+    teacher = load_teacher(args, NAMES, True, dataset_statistics=statistics)
+    images = torch.rand(2, 3, 32, 32)
+    expected = torch.stack([(images[:, c] - m) / s for c, (m, s) in enumerate(zip(*statistics, strict=True))], dim=1)
+    torch.testing.assert_close(teacher.prepare(images), expected)
+    with pytest.raises(ValueError, match="'teacher_normalization'"):
+        load_teacher(args, NAMES, True)
+    own = load_teacher(TeacherArguments(teacher_model=name), NAMES, True, dataset_statistics=statistics)
+    assert own.pixels.mean == (0.5, 0.4, 0.3)
+
+
 # ---- What a teacher does ----
 
 
@@ -283,6 +342,19 @@ def test_the_final_norm_gives_the_features_of_dinov2(tmp_path, pixels):
         torch.testing.assert_close(found.patch_tokens, one.flatten(2).mT)
     raw = teacher.features(pixels, [0, 1, 2])
     assert all((a.tokens - b.tokens).abs().max() > 0.1 for a, b in zip(raw, normed, strict=True))
+
+
+def test_a_block_is_normed_where_there_is_a_norm(pixels):
+    model = vit()
+    teacher = Teacher(model, PIXELS, NAMES)
+    (last,) = teacher.features(pixels, [2])
+    with torch.no_grad():
+        expected = model.vit(pixels).last_hidden_state
+    torch.testing.assert_close(teacher.normed(last).tokens, expected)
+    resnet, _ = build_student(ModelArguments(architecture="resnet18_cifar_w16"), NAMES, (32, 32), [0.5] * 3, [0.2] * 3)
+    teacher = Teacher(resnet, PIXELS)
+    (last,) = teacher.features(pixels, [3])
+    assert teacher.normed(last) is last
 
 
 def test_a_layer_or_a_norm_that_does_not_exist_is_refused_with_its_key(pixels):

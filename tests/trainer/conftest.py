@@ -39,11 +39,11 @@ def processor():
 
 @pytest.fixture
 def make_student():
-    def make(architecture="deit", drop_path_rate=0.0, seed=0):
+    def make(architecture="deit", drop_path_rate=0.0, seed=0, **options):
         set_seed(seed)
         args = ModelArguments(
             architecture=architecture, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
-            drop_path_rate=drop_path_rate,
+            drop_path_rate=drop_path_rate, **options,
         )  # fmt: skip
         return build_student(args, LABELS, SIZE, MEAN, STD)[0]
 

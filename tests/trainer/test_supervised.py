@@ -88,6 +88,25 @@ def test_the_task_loss_is_cross_entropy_of_smoothed_labels_over_both_heads(
     torch.testing.assert_close(losses(trainer)[0], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("head", ["cls", "distillation"])
+def test_a_head_that_inference_leaves_out_gets_a_gradient_of_zero(head, make_trainer, make_student):
+    student = make_student(inference_head=head, layer_scale_init=0.1)
+    weights = {name: getattr(student, f"{name}_classifier").weight for name in ("cls", "distillation")}
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    gradients = {}
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, *args, **kwargs):
+            gradients.update({name: weight.grad.abs().sum().item() for name, weight in weights.items()})
+
+    trainer = make_trainer(student, max_steps=2, weight_decay=0.0)
+    trainer.add_callback(Look())
+    trainer.train()
+    for name, weight in weights.items():
+        assert (gradients[name] > 0) == (name == head)
+        assert torch.equal(weight, before[name]) == (name != head)
+
+
 def test_every_parameter_gets_a_gradient(make_trainer):
     trainer = make_trainer(max_steps=1)
     missing = []
@@ -111,11 +130,39 @@ def test_norms_biases_tokens_and_positions_are_not_decayed(make_trainer):
     assert all(name.endswith("weight") for name in decayed)
 
 
+def test_every_parameter_is_decayed_where_a_recipe_says_so(make_trainer):
+    trainer = make_trainer(weight_decay_scope="all", weight_decay=0.1)
+    trainer.create_optimizer()
+    decayed = sum(len(g["params"]) for g in trainer.optimizer.param_groups if g["weight_decay"] == 0.1)
+    assert decayed == len(list(trainer.model.parameters()))
+
+
 def test_a_cnns_batch_norm_is_not_decayed(make_trainer):
     args = ModelArguments(architecture="resnet18_cifar_w16")
     trainer = make_trainer(build_student(args, list("abcd"), (16, 16), [0.5] * 3, [0.25] * 3)[0])
     shapes = {name: parameter.ndim for name, parameter in trainer.model.named_parameters()}
     assert {shapes[name] for name in trainer.get_decay_parameter_names(trainer.model)} == {2, 4}
+
+
+def test_a_convnexts_response_normalisation_is_not_decayed(make_trainer):
+    args = ModelArguments(architecture="convnextv2", hidden_sizes=[8, 16], depths=[1, 1])
+    trainer = make_trainer(build_student(args, list("abcd"), (16, 16), [0.5] * 3, [0.25] * 3)[0])
+    decayed = set(trainer.get_decay_parameter_names(trainer.model))
+    assert not any("grn" in name for name in decayed)
+    assert {name for name in decayed if "pwconv" in name and name.endswith("weight")}
+
+
+def test_a_grey_image_keeps_one_channel_under_cutout(make_args, eval_split):
+    grey = ImageSplit(eval_split.images[:, :1], eval_split.labels, eval_split.label_names)
+    args = ModelArguments(architecture="adaptive_cnn", hidden_sizes=[8], depths=[1])
+    model, processor = build_student(args, list("abcd"), (16, 16), [0.5], [0.25])
+    trainer = SupervisedTrainer(
+        model, make_args(SupervisedTrainingArguments), train_dataset=grey, processing_class=processor,
+        augmentation=AugmentationArguments(cutout_size=6),
+    )  # fmt: skip
+    batch = grey.__getitems__(list(range(8)))
+    _, views = trainer._student_view(batch, train=True)
+    assert views.augmented.shape == (8, 1, 16, 16)
 
 
 def test_sgd_takes_momentum_and_nesterov_from_optim_args(make_trainer):
@@ -232,6 +279,48 @@ def test_a_batch_of_float_pixels_is_used_as_it_is(make_student, make_args):
     args = make_args(SupervisedTrainingArguments, max_steps=1)
     SupervisedTrainer(student, args, train_dataset=Pixels(), augmentation=AUGMENT).train()
     assert set(seen[0].unique().tolist()) <= {0.0, 1.0, 2.0, 3.0}
+
+
+# ---- Early stopping ----
+
+# losses that the users' metric reports, one an evaluation: it improves by less than 0.1 from the third on
+REPORTED = [1.0, 0.5, 0.45, 0.43, 0.42, 0.2]
+
+
+def stopping(make_trainer, **overrides):
+    trainer = make_trainer(
+        max_steps=6, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        metric_for_best_model="reported", greater_is_better=False, early_stopping_patience=3,
+        early_stopping_threshold=0.1, **overrides,
+        trainer_kwargs={"compute_metrics": lambda _: {"reported": REPORTED[max(trainer.state.global_step - 1, 0)]}},
+    )  # fmt: skip
+    return trainer
+
+
+@pytest.mark.parametrize("load_best", [False, True])
+def test_training_stops_when_the_metric_has_not_improved_enough(load_best, make_trainer):
+    trainer = stopping(make_trainer, load_best_model_at_end=load_best)
+    trainer.train()
+    assert trainer.state.global_step == 5
+    assert trainer.state.best_metric == 0.42
+
+
+def test_a_resumed_run_stops_where_an_uninterrupted_one_does(make_trainer, tmp_path):
+    stopping(make_trainer).train()
+    resumed = stopping(make_trainer, output_dir=str(tmp_path / "resumed"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert resumed.state.global_step == 5
+
+
+def test_an_evaluation_of_another_split_does_not_count(make_trainer, eval_split):
+    class Evaluate(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            trainer.evaluate(eval_split, metric_key_prefix="other")
+
+    trainer = stopping(make_trainer)
+    trainer.add_callback(Evaluate())
+    trainer.train()
+    assert trainer.state.global_step == 5
 
 
 # ---- Numerics and data ----

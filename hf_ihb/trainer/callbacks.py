@@ -1,0 +1,55 @@
+"""Callbacks of the trainers."""
+
+from typing import Any
+
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+
+class Hooks(TrainerCallback):
+    """Calls back into the trainer where `Trainer` has no method to override."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Before the first step."""
+        self.trainer._begin_training()
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """After the backward pass."""
+        self.trainer._check_finite()
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """`EarlyStoppingCallback` that goes on counting where a checkpoint left off, and ignores other evaluations.
+
+    All processes stop together because `SupervisedTrainer.evaluation_loop` gives them the same metrics.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes the count of evaluations without improvement from the checkpoint."""
+        super().on_train_begin(args, state, control, **kwargs)
+        saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step > 0 else None
+        count = saved["attributes"]["early_stopping_patience_counter"] if saved else 0
+        self.early_stopping_patience_counter = count
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Counts an evaluation that has the metric: one of another data set, or of the test split, has not."""
+        if f"eval_{args.metric_for_best_model.removeprefix('eval_')}" in metrics:
+            super().on_evaluate(args, state, control, metrics, **kwargs)
