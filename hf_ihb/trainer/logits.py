@@ -21,7 +21,7 @@ class LogitDistillationTrainer(DistillationTrainer):
     ``loss = (1 - alpha) * CE(cls, labels) + alpha * KD(distillation, teacher)``. With ``distilled_heads='both'`` each
     is the mean over both heads, and a student with one head gets both on its `logits` either way. Before training the
     teacher is scored on the evaluation set (on training images if there is none); at chance it is refused, unless it
-    is a control.
+    is the untrained control.
 
     A `DeiTForImageClassification` has a distillation token and no head on it. It gets a student-side one, which is
     trained by the teacher and never part of the saved student; not with ``distilled_heads='both'``, where its one head
@@ -67,7 +67,7 @@ class LogitDistillationTrainer(DistillationTrainer):
         """Accuracy of the teacher on the evaluation set.
 
         Raises:
-            TeacherMismatchError: If it is not above chance by three standard errors and no control.
+            TeacherMismatchError: If it is not above chance by three standard errors and not the untrained control.
         """
         if self.eval_dataset is not None:
             datasets = self.eval_dataset
@@ -84,8 +84,8 @@ class LogitDistillationTrainer(DistillationTrainer):
             correct, count = correct + int(hits.sum()), count + len(hits)
         num_labels = self.student.config.num_labels
         accuracy, chance = correct / count, 1 / num_labels
-        control = getattr(self.teacher, "control", "none") != "none"
-        if not control and accuracy <= chance + 3 * (chance * (1 - chance) / count) ** 0.5:
+        untrained = getattr(self.teacher, "control", "none") == "untrained"
+        if not untrained and accuracy <= chance + 3 * (chance * (1 - chance) / count) ** 0.5:
             raise TeacherMismatchError(
                 f"teacher '{self.teacher.name}': expected accuracy above chance, {chance:.3f}, found {accuracy:.3f} "
                 f"on {count} images; its labels are probably in another order, or it wants other pixels"

@@ -1,4 +1,4 @@
-"""Trains where the main process alone sees no progress, with SWA and BatchNorm; each process writes how it ended."""
+"""Trains where the main process alone sees no progress, with BatchNorm averaged; each process tells how it ended."""
 
 from pathlib import Path
 
@@ -21,10 +21,9 @@ def make_split(seed: int) -> ImageSplit:
     return ImageSplit(images, torch.arange(64) % 2, ["even", "odd"])
 
 
-def main(argv: list[str]) -> None:
-    folder = Path(argv[0])
+def train(folder: Path, **average: float) -> None:
     args = SupervisedTrainingArguments(
-        output_dir=str(folder), num_train_epochs=6, per_device_train_batch_size=8, swa_start=0.0,
+        output_dir=str(folder), num_train_epochs=6, per_device_train_batch_size=8, **average,
         eval_strategy="epoch", save_strategy="best", metric_for_best_model="progress", greater_is_better=True,
         early_stopping_patience=2, report_to="none", disable_tqdm=True, use_cpu=True, ddp_timeout=60,
     )  # fmt: skip
@@ -43,6 +42,11 @@ def main(argv: list[str]) -> None:
     trainer.train()
     ended = {"step": trainer.state.global_step, "best": trainer.state.best_metric, "world": args.world_size}
     torch.save({"ended": ended, "state": trainer.model.state_dict()}, folder / f"{rank}.pt")
+
+
+def main(argv: list[str]) -> None:
+    train(Path(argv[0], "swa"), swa_start=0.0)
+    train(Path(argv[0], "ema"), ema_decay=0.9)
 
 
 if __name__ == "__main__":

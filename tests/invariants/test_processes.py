@@ -77,12 +77,13 @@ def test_processes_that_see_other_metrics_stop_together_and_hold_one_average(tmp
         timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    # the main process's first evaluation is its best, and two more make its patience end: three epochs of four steps
-    assert first["ended"] == second["ended"] == {"step": 12, "best": 0.0, "world": 2}
-    for name, tensor in first["state"].items():
-        assert torch.equal(second["state"][name], tensor), name
-    # both halves of the images are in the statistics
+    for kind in ("ema", "swa"):
+        first, second = (torch.load(tmp_path / kind / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+        # the main process's first evaluation is its best, two more end its patience: three epochs of four steps
+        assert first["ended"] == second["ended"] == {"step": 12, "best": 0.0, "world": 2}
+        for name, tensor in first["state"].items():
+            assert torch.equal(second["state"][name], tensor), name
+    # both halves of the images are in the statistics of SWA
     images = (disagree.make_split(0).images.double() / 255 - 0.5) / 0.25
     stem = "student.deit.embeddings.patch_embeddings.stem"
     mean = F.conv2d(images, first["state"][f"{stem}.0.weight"].double(), padding=1).mean((0, 2, 3))
