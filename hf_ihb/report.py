@@ -40,9 +40,11 @@ def learned_from(recipe: dict[str, Any]) -> str:
     if recipe["teacher"] is None:
         return "labels"
     teacher = Path(recipe["teacher"]["name"]).name
+    if (control := keys.get("teacher_control", "none")) != "none":
+        teacher = f"{control} {teacher}"
     if keys["method"] == "logits":
         return f"{teacher}: {keys['distillation_type']} logits"
-    losses = [name for name in ("cka", "gram", "token") if keys[f"{name}_weight"] > 0]
+    losses = [name for name in ("cka", "gram", "token", "relation") if keys.get(f"{name}_weight", 0) > 0]
     return f"{teacher}: {' + '.join(losses)}"
 
 
