@@ -85,16 +85,17 @@ def measure(name: str, words: list[str]) -> dict:
         subprocess.run(words, cwd=ROOT, check=True, env=environment)
     history = json.loads((ROOT / folder / "training_history.json").read_text("utf-8"))
     recipe = json.loads((ROOT / folder / "recipe.json").read_text("utf-8"))
+    evaluation = json.loads((ROOT / folder / "evaluation.json").read_text("utf-8"))
     logs = [entry for entry in history if "loss" in entry]
     return {
         "name": name,
         "command": shlex.join(words),
         "seed": recipe["keys"]["seed"],
-        "steps": logs[-1]["step"],
+        "steps": evaluation["train_steps"],
         "loss": {"first": logs[0]["loss"], "last": logs[-1]["loss"]},
         "parts_last": {k: v for k, v in logs[-1].items() if k.endswith("_loss")},
         "images_per_second_median": statistics.median(entry["images_per_second"] for entry in logs),
-        "evaluation": json.loads((ROOT / folder / "evaluation.json").read_text("utf-8")),
+        "evaluation": evaluation,
         "dataset": recipe["dataset"],
         "environment": recipe["environment"],
     }
