@@ -73,7 +73,7 @@ CIFAR10_PAIRS = (
     ((_O.AUTO_CONTRAST, 0.9, 0), (_O.SOLARIZE, 0.8, 3)),
     ((_O.EQUALIZE, 0.8, 0), (_O.INVERT, 0.1, 0)),
     ((_O.TRANSLATE_Y, 0.7, 9), (_O.AUTO_CONTRAST, 0.9, 0)),
-)  # fmt: skip
+)
 
 
 @functools.lru_cache(maxsize=32)
