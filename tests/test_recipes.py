@@ -19,23 +19,14 @@ from transformers import (
     set_seed,
 )
 
-from hf_ihb.arguments import (
-    AugmentationArguments,
-    DataArguments,
-    LogitDistillationTrainingArguments,
-    ModelArguments,
-    RunArguments,
-    StructuralDistillationTrainingArguments,
-    SupervisedTrainingArguments,
-    TeacherArguments,
-)
+from hf_ihb.arguments import ModelArguments, SupervisedTrainingArguments
 from hf_ihb.data import ImageSplit
 from hf_ihb.models.student import build_student
 from hf_ihb.recipe import parse_recipe
 from hf_ihb.trainer import SupervisedTrainer
+from tests.test_recipe import DISTILL, TRAIN
 
 ROOT = Path(__file__).parents[1]
-METHODS = {"logits": LogitDistillationTrainingArguments, "structural": StructuralDistillationTrainingArguments}
 RECIPES = ROOT / "recipes"
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 DIGITS = [str(n) for n in range(10)]
@@ -116,9 +107,8 @@ def recipe_of(path):
 
 def parsed(path):
     """Every key of a recipe with its value, defaults included."""
-    method = METHODS.get(recipe_of(path).get("method"))
-    teaching = (TeacherArguments, method) if method else (SupervisedTrainingArguments,)
-    instances = parse_recipe([str(path)], RunArguments, DataArguments, AugmentationArguments, ModelArguments, *teaching)
+    classes = DISTILL.get(recipe_of(path).get("method"), TRAIN)
+    instances = parse_recipe([str(path)], *classes)
     return {f.name: getattr(instance, f.name) for instance in instances for f in fields(instance)}
 
 

@@ -314,7 +314,7 @@ def _from_weights(args: ModelArguments, labels: dict, image_size: tuple[int, int
     return model, processor
 
 
-def _absent(info: dict[str, Any]) -> list[str]:
+def absent_weights(info: dict[str, Any]) -> list[str]:
     """Names of the parameters that loading left as they were."""
     mismatched = (key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"])
     return sorted([*info["missing_keys"], *mismatched])
@@ -334,7 +334,7 @@ def _with_own_shape(
         **labels,
     )
     apply_drop_path(model, args.drop_path_rate)
-    return model, [name for name in _absent(info) if not _is_head(name)]
+    return model, [name for name in absent_weights(info) if not _is_head(name)]
 
 
 def _small_convnextv2(
@@ -367,7 +367,7 @@ def _small_convnextv2(
     parts = ["encoder", "layernorm"] + ["embeddings"] * keeps_stem
     for part in parts:
         getattr(model.convnextv2, part).load_state_dict(getattr(trained, part).state_dict())
-    return model, [key for key in _absent(info) if key.startswith(tuple(parts))]
+    return model, [key for key in absent_weights(info) if key.startswith(tuple(parts))]
 
 
 def input_size(model: PreTrainedModel) -> tuple[int, int] | None:

@@ -24,6 +24,7 @@ from hf_ihb.arguments import TeacherArguments
 from hf_ihb.errors import ModelLoadError, NumericsError, TeacherMismatchError
 from hf_ihb.models.features import FeatureMap, extract_features, final_norm
 from hf_ihb.models.processing import PixelFormat, pixel_format
+from hf_ihb.models.student import absent_weights
 
 # Parts of a backbone that blocks do not use: a checkpoint of another head may lack them.
 _UNUSED_BY_BLOCKS = ("pooler", "mask_token")
@@ -204,7 +205,7 @@ def _trained(auto: Any, config: Any, source: str, revision: str, name: str, need
         dtype=torch.float32,
         trust_remote_code=False,
     )
-    absent = sorted([*info["missing_keys"], *(k[0] if isinstance(k, tuple) else k for k in info["mismatched_keys"])])
+    absent = absent_weights(info)
     if not needs_logits:
         absent = [k for k in absent if not any(part in _UNUSED_BY_BLOCKS for part in k.split("."))]
     if absent:

@@ -84,8 +84,7 @@ class LogitDistillationTrainer(DistillationTrainer):
             correct, count = correct + int(hits.sum()), count + len(hits)
         num_labels = self.student.config.num_labels
         accuracy, chance = correct / count, 1 / num_labels
-        untrained = getattr(self.teacher, "control", "none") == "untrained"
-        if not untrained and accuracy <= chance + 3 * (chance * (1 - chance) / count) ** 0.5:
+        if self.teacher.control != "untrained" and accuracy <= chance + 3 * (chance * (1 - chance) / count) ** 0.5:
             raise TeacherMismatchError(
                 f"teacher '{self.teacher.name}': expected accuracy above chance, {chance:.3f}, found {accuracy:.3f} "
                 f"on {count} images; its labels are probably in another order, or it wants other pixels"
