@@ -121,6 +121,24 @@ def load_image_data(args: DataArguments) -> ImageData:
     return ImageData(train, validation, test, args.dataset_name, revision)
 
 
+def load_image_split(args: DataArguments, split: str) -> tuple[ImageSplit, str | None]:
+    """One split as `load_image_data` makes it, and the Hub commit; nothing else is decoded unless it is split off.
+
+    Args:
+        args: Which data set, and how it is split.
+        split: ``train``, ``validation`` or ``test``.
+
+    Raises:
+        RecipeError: If a validation split is asked for and left out by `selection_split`.
+        DataError: If it cannot be found, a column or split is missing, or a row cannot be used.
+    """
+    if split == "test" and args.dataset_name != DIGITS:
+        images, revision = _load_test(args)
+        return _limit(images, args.max_eval_samples, args.split_seed, f"{args.dataset_name} test"), revision
+    data = load_image_data(args)
+    return getattr(data, split), data.revision
+
+
 def _refuse_validation(args: DataArguments) -> None:
     for name, default in (("validation_split", None), ("validation_fraction", DataArguments.validation_fraction)):
         if (value := getattr(args, name)) != default:
@@ -166,22 +184,48 @@ def _load_hub(args: DataArguments) -> tuple[ImageSplit, ImageSplit | None, Image
     wanted = {"train_split": args.train_split, "test_split": args.test_split}
     if name is not None and args.selection_split != "test":
         wanted["validation_split"] = name
+    _require(args, splits, wanted)
+    decoded = _decode_splits(args, splits, wanted, args.train_split)
+    return decoded["train_split"], decoded.get("validation_split"), decoded["test_split"], revision
+
+
+def _load_test(args: DataArguments) -> tuple[ImageSplit, str | None]:
+    splits, revision = _fetch(args)
+    wanted = {"test_split": args.test_split}
+    _require(args, splits, wanted)
+    # columns, classes and size are the training split's, so that images are those a run has evaluated
+    reference = args.train_split if len(splits.get(args.train_split, ())) else args.test_split
+    return _decode_splits(args, splits, wanted, reference)["test_split"], revision
+
+
+def _require(args: DataArguments, splits: datasets.DatasetDict, wanted: dict[str, str]) -> None:
     for key, split in wanted.items():
         if split not in splits:
             raise DataError(f"{args.dataset_name}: key '{key}': no split '{split}'; it has {', '.join(splits)}")
         if len(splits[split]) == 0:
             raise DataError(f"{args.dataset_name}: split '{split}' is empty")
-    image_column, label_column = _columns(args, splits[args.train_split].features)
-    names = _label_names(splits[args.train_split], label_column)
+
+
+def _decode_splits(
+    args: DataArguments, splits: datasets.DatasetDict, wanted: dict[str, str], reference: str
+) -> dict[str, ImageSplit]:
+    image_column, label_column = _columns(args, splits[reference].features)
+    names = _label_names(splits[reference], label_column)
     size = (args.image_size, args.image_size) if args.image_size else None
+    if size is None and reference not in wanted.values():  # every split gets the size of the first image of `reference`
+        first = splits[reference].select([0]).cast_column(image_column, datasets.Image(decode=False))[0]
+        image = _open(
+            first[image_column], _PIL_MODES[args.color_mode], f"{args.dataset_name}, split '{reference}', row 0"
+        )
+        size = (image.height, image.width)
     decoded = {}
     for key, split in wanted.items():
         where = f"{args.dataset_name}, split '{split}'"
         labels = _labels(splits[split][label_column], names, where)
         images = _decode(splits[split], image_column, size, _PIL_MODES[args.color_mode], where)
-        size = tuple(images.shape[-2:])  # every split gets the size of the first
+        size = tuple(images.shape[-2:])
         decoded[key] = ImageSplit(images, labels, names)
-    return decoded["train_split"], decoded.get("validation_split"), decoded["test_split"], revision
+    return decoded
 
 
 def _fetch(args: DataArguments) -> tuple[datasets.DatasetDict, str | None]:

@@ -7,7 +7,7 @@ import math
 import re
 import types
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from enum import Enum
 from pathlib import Path
@@ -64,34 +64,78 @@ def parse_recipe(argv: Sequence[str], *dataclasses: type, description: str | Non
     Raises:
         RecipeError: If the file or the command line cannot be used: one line naming file, key, expected and found.
     """
-    argv = list(argv)
+    parser = _parser(argv, dataclasses, description, "RECIPE.json [--KEY VALUE ...]")
+    path = recipe_path(argv)
+    return _parse(parser, argv[1:], dataclasses, read_recipe(path), path)
+
+
+def parse_models(
+    argv: Sequence[str],
+    *dataclasses: type,
+    defaults: Callable[[str, str | None], dict[str, Any]],
+    description: str | None = None,
+) -> tuple[Any, ...]:
+    """Reads ``MODEL [--key value ...]`` into the model's name and dataclasses.
+
+    Args:
+        argv: Command line without the program's name; the model's folder or Hub id comes first, unless a list of models
+            is given as ``--compare A B``.
+        *dataclasses: As in `parse_recipe`; one of them has `model_revision`.
+        defaults: Called with name and revision of the model (of the first compared one if there is no other); returns
+            keys that stand in for what the command line leaves out.
+        description: Text at the top of ``--help``.
+
+    Returns:
+        The model's name, None with ``--compare`` alone, and one instance for each type.
+
+    Raises:
+        RecipeError: If the command line or a default cannot be used.
+    """
+    compares = any(f.name == "compare" for dataclass in dataclasses for f in fields(dataclass))
+    parser = _parser(argv, dataclasses, description, f"{'[MODEL]' if compares else 'MODEL'} [--KEY VALUE ...]")
+    model, options = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
+    early = parser.parse_known_args(options)[0]
+    others = early.compare if compares else []
+    if model is None and not others:
+        raise RecipeError("command line: expected a model first, its folder or Hub id, such as outputs/cka")
+    source = model or others[0]
+    values = defaults(source, early.model_revision)
+    return model, *_parse(parser, options, dataclasses, values, f"{source}: recipe.json")
+
+
+def _parser(argv: Sequence[str], dataclasses: Sequence[type], description: str | None, usage: str) -> _RecipeParser:
     parser = _RecipeParser(
         dataclasses,
         description=description,
         allow_abbrev=False,
         formatter_class=ArgumentDefaultsHelpFormatter,
         conflict_handler="resolve",
-        usage="%(prog)s RECIPE.json [--KEY VALUE ...]",
+        usage=f"%(prog)s {usage}",
     )
     if "-h" in argv or "--help" in argv:
         parser.print_help()
         raise SystemExit(0)
-    path = recipe_path(argv)
+    return parser
+
+
+def _parse(
+    parser: _RecipeParser, options: Sequence[str], dataclasses: Sequence[type], values: dict[str, Any], path: Path | str
+) -> tuple[Any, ...]:
+    """Keys of a recipe, then of the command line, into dataclasses."""
     owners = {f.name: dataclass for dataclass in dataclasses for f in fields(dataclass) if f.init}
-    values = read_recipe(path)
     for name, value in values.items():
         _check_key(f"{path}: key '{name}'", name, value, owners)
 
     parser.set_defaults(**values)
-    namespace, unknown = parser.parse_known_args(argv[1:])
+    namespace, unknown = parser.parse_known_args(options)
     if unknown:
         name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
         _check_key(f"command line: key '{name}'", name, None, owners)
         raise RecipeError(f"command line: expected --key value, found '{unknown[0]}'")
-    given = {token.lstrip("-").split("=")[0].replace("-", "_") for token in argv[1:] if token.startswith("--")}
+    given = {token.lstrip("-").split("=")[0].replace("-", "_") for token in options if token.startswith("--")}
     for name in given & owners.keys():
         _check_range(f"command line: key '{name}'", name, getattr(namespace, name), owners[name])
-    if "output_dir" in owners and "output_dir" not in given and "output_dir" not in values:
+    if isinstance(path, Path) and "output_dir" in owners and "output_dir" not in given | values.keys():
         namespace.output_dir = str(_default_output_dir(path))
 
     instances = []

@@ -2,32 +2,17 @@
 
 import inspect
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    PreTrainedModel,
-)
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers import PreTrainedModel
 
-import hf_ihb.models.timm_cifar  # noqa: F401  registers resnet18_cifar
 from hf_ihb.arguments import TeacherArguments
-from hf_ihb.errors import ModelLoadError, NumericsError, TeacherMismatchError
+from hf_ihb.errors import NumericsError, TeacherMismatchError
 from hf_ihb.models.features import FeatureMap, extract_features, final_norm
-from hf_ihb.models.processing import PixelFormat, pixel_format
-from hf_ihb.models.student import absent_weights
-
-# Parts of a backbone that blocks do not use: a checkpoint of another head may lack them.
-_UNUSED_BY_BLOCKS = ("pooler", "mask_token")
+from hf_ihb.models.pretrained import label_permutation, load_pretrained
+from hf_ihb.models.processing import PixelFormat
 
 
 class Teacher:
@@ -85,7 +70,8 @@ class Teacher:
         Raises:
             TeacherMismatchError: If number or names of the classes do not match.
         """
-        permutation = _label_permutation(self.model.config, list(label_names), assume_same_order, self.name)
+        who = f"teacher '{self.name}'"
+        permutation = label_permutation(self.model.config, label_names, who, assume_same_order)
         self.permutation = None if permutation is None else permutation.to(self.model.device)
 
     def prepare(self, images: Tensor) -> Tensor:
@@ -162,26 +148,19 @@ def load_teacher(
             ``teacher_normalization='dataset'``.
 
     Raises:
-        ModelLoadError: If it cannot be found or read.
-        TeacherMismatchError: If weights are missing or its classes do not fit.
+        ModelLoadError: If it cannot be found or read, or weights are missing.
+        TeacherMismatchError: If its classes do not fit.
         ValueError: If the data set's statistics are asked for and not given.
     """
-    name, revision = args.teacher_model, args.teacher_revision or "main"
-    path = Path(name).expanduser()
-    source = str(path) if path.is_dir() else name
-    try:
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-        auto = AutoModelForImageClassification
-        if not needs_logits:
-            auto = AutoModel if type(config) in MODEL_MAPPING else AutoBackbone
-        if args.teacher_control == "untrained":
-            model = _untrained(auto, config, torch.initial_seed() if seed is None else seed)
-        else:
-            model = _trained(auto, config, source, revision, name, needs_logits)
-        processor = AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
-        raise ModelLoadError(f"teacher '{name}' could not be loaded: {' '.join(str(error).split())[:300]}") from error
-    pixels = pixel_format(processor)
+    untrained = args.teacher_control == "untrained"
+    loaded = load_pretrained(
+        args.teacher_model,
+        args.teacher_revision,
+        needs_logits=needs_logits,
+        role="teacher",
+        untrained_seed=(torch.initial_seed() if seed is None else seed) if untrained else None,
+    )
+    model, pixels = loaded.model, loaded.pixels
     if args.teacher_image_size is not None:
         pixels = pixels._replace(size=(args.teacher_image_size,) * 2)
     if args.teacher_normalization == "dataset":
@@ -192,64 +171,3 @@ def load_teacher(
         pixels = pixels._replace(mean=mean, std=std)
     names = label_names if needs_logits else None
     return Teacher(model, pixels, names, args.teacher_assume_same_label_order, args.teacher_control)
-
-
-def _trained(auto: Any, config: Any, source: str, revision: str, name: str, needs_logits: bool) -> PreTrainedModel:
-    """The model with its weights, every one of them."""
-    model, info = auto.from_pretrained(
-        source,
-        config=config,
-        revision=revision,
-        use_safetensors=True,
-        output_loading_info=True,
-        dtype=torch.float32,
-        trust_remote_code=False,
-    )
-    absent = absent_weights(info)
-    if not needs_logits:
-        absent = [k for k in absent if not any(part in _UNUSED_BY_BLOCKS for part in k.split("."))]
-    if absent:
-        raise TeacherMismatchError(
-            f"teacher '{name}': expected weights for all of {type(model).__name__}, found none for {absent[0]} "
-            f"({len(absent)} in all)"
-        )
-    return model
-
-
-def _untrained(auto: Any, config: Any, seed: int) -> PreTrainedModel:
-    """The same architecture as its library initialises it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = auto.from_config(config, dtype=torch.float32)
-        if (network := getattr(model, "timm_model", None)) is not None:
-            # transformers' wrapper draws a network's weights anew, every convolution from N(0, 0.02)
-            fresh = timm.create_model(config.architecture, num_classes=network.num_classes, **(config.model_args or {}))
-            network.load_state_dict(fresh.state_dict())
-    return model
-
-
-def _label_permutation(config: Any, names: list[str], assume_same_order: bool, teacher: str) -> Tensor | None:
-    """Positions of `names` among the teacher's classes; None if they are in order already."""
-    theirs = [str(config.id2label[i]) for i in range(len(config.id2label))]
-    if len(theirs) != len(names):
-        raise TeacherMismatchError(
-            f"teacher '{teacher}': expected {len(names)} classes ({_listed(names)}), found {len(theirs)} "
-            f"({_listed(theirs)})"
-        )
-    if theirs == names or assume_same_order:
-        return None
-    positions = {_plain(name): i for i, name in enumerate(theirs)}
-    if len(positions) != len(names) or any(_plain(name) not in positions for name in names):
-        raise TeacherMismatchError(
-            f"teacher '{teacher}': expected the classes {_listed(names)}, found {_listed(theirs)}; if the order is the "
-            "same, say so with 'teacher_assume_same_label_order', or give the student the teacher's id2label"
-        )
-    return torch.tensor([positions[_plain(name)] for name in names])
-
-
-def _plain(name: str) -> str:
-    return name.strip().lower().replace("_", " ")
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")

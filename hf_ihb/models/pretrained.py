@@ -1,0 +1,229 @@
+"""Models as they were saved: every weight, their pixels, their classes, and the same architecture without training."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+import hf_ihb.models.timm_cifar  # noqa: F401  registers resnet18_cifar
+from hf_ihb.arguments import DataArguments
+from hf_ihb.errors import ModelLoadError, TeacherMismatchError
+from hf_ihb.models.processing import PixelFormat, pixel_format
+from hf_ihb.models.student import absent_weights, init_tokens
+
+# Parts of a backbone that blocks do not use: a checkpoint of another head may lack them.
+_UNUSED_BY_BLOCKS = ("pooler", "mask_token")
+_UNREADABLE = (OSError, ValueError, ImportError, SafetensorError, RuntimeError)
+
+
+class Pretrained(NamedTuple):
+    """A model in eval mode and what is known of where it comes from.
+
+    Attributes:
+        model: In float32.
+        pixels: How it wants its images.
+        name: Hub id or folder, as it was asked for.
+        revision: Commit on the Hub; None for a folder.
+    """
+
+    model: PreTrainedModel
+    pixels: PixelFormat
+    name: str
+    revision: str | None
+
+    def summary(self) -> dict[str, Any]:
+        """Name, revision, class, number of parameters, and the SHA-256 of the weights."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "class": type(self.model).__name__,
+            "num_parameters": sum(p.numel() for p in self.model.parameters()),
+            "weights_sha256": weights_digest(self.model),
+        }
+
+
+def load_pretrained(
+    name: str,
+    revision: str | None = None,
+    *,
+    needs_logits: bool | None = True,
+    role: str = "model",
+    untrained_seed: int | None = None,
+) -> Pretrained:
+    """Loads a model of transformers or timm from the Hub or a folder.
+
+    Only safetensors and JSON are read, and no code of the repo is run.
+
+    Args:
+        name: Hub id or folder.
+        revision: Branch, tag or commit on the Hub; the main branch if None.
+        needs_logits: Whether its classifier is wanted; None takes one where it was saved with one.
+        role: What errors call it.
+        untrained_seed: Draw the weights anew from this seed instead; the generator's state is left as it was.
+
+    Raises:
+        ModelLoadError: If it cannot be found or read, or a weight is missing.
+    """
+    path = Path(name).expanduser()
+    source = str(path) if path.is_dir() else name
+    where = {"revision": revision or "main", "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(source, **where)
+        auto = _auto_class(config, needs_logits)
+        if untrained_seed is not None:
+            model = from_config(auto, config, untrained_seed)
+        else:
+            model = _trained(auto, config, source, where, f"{role} '{name}'")
+        processor = AutoImageProcessor.from_pretrained(source, **where)
+    except _UNREADABLE as error:
+        raise ModelLoadError(f"{role} '{name}' could not be loaded: {' '.join(str(error).split())[:300]}") from error
+    return Pretrained(model.eval(), pixel_format(processor), name, getattr(config, "_commit_hash", None))
+
+
+def _auto_class(config: Any, needs_logits: bool | None) -> Any:
+    if needs_logits is None:
+        saved = getattr(config, "architectures", None) or []
+        needs_logits = any("ForImageClassification" in name for name in saved) or config.model_type == "timm_wrapper"
+    if needs_logits:
+        return AutoModelForImageClassification
+    return AutoModel if type(config) in MODEL_MAPPING else AutoBackbone
+
+
+def _trained(auto: Any, config: Any, source: str, where: dict[str, Any], who: str) -> PreTrainedModel:
+    """The model with its weights, every one of them."""
+    model, info = auto.from_pretrained(
+        source, config=config, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **where
+    )
+    absent = absent_weights(info)
+    if auto is not AutoModelForImageClassification:
+        absent = [k for k in absent if not any(part in _UNUSED_BY_BLOCKS for part in k.split("."))]
+    if absent:
+        raise ModelLoadError(
+            f"{who}: expected weights for all of {type(model).__name__}, found none for {absent[0]} "
+            f"({len(absent)} in all)"
+        )
+    return model
+
+
+def from_config(auto: Any, config: Any, seed: int) -> PreTrainedModel:
+    """An untrained model as its library initialises it; torch's generator is left as it was.
+
+    Args:
+        auto: One of transformers' auto classes, or a model class.
+        config: Its config.
+        seed: Of the weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        make = getattr(auto, "from_config", None) or auto._from_config
+        model = make(config, dtype=torch.float32)
+        if (network := getattr(model, "timm_model", None)) is not None:
+            # transformers' wrapper draws a network's weights anew, every convolution from N(0, 0.02)
+            fresh = timm.create_model(config.architecture, num_classes=network.num_classes, **(config.model_args or {}))
+            network.load_state_dict(fresh.state_dict())
+    return model
+
+
+def untrained_twin(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """The architecture of a model with random weights, in eval mode: what a measurement gives before any training.
+
+    Tokens and positions that transformers leaves at zero are drawn as a student's are before training.
+    """
+    twin = from_config(type(model), copy.deepcopy(model.config), seed)
+    if all(not p.any() for name, p in twin.named_parameters() if name.endswith("position_embeddings")):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            init_tokens(twin)
+    return twin.to(model.device).eval()
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """SHA-256 over names, types, shapes and bytes of a model's state, in the order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def data_defaults(name: str, revision: str | None = None) -> dict[str, Any]:
+    """What a model was trained and evaluated on, by the recipe saved beside it; empty where there is none.
+
+    Returns:
+        Keys of `DataArguments`.
+
+    Raises:
+        ModelLoadError: If the repo cannot be reached or its recipe cannot be read.
+    """
+    folder = Path(name).expanduser()
+    try:
+        path = (
+            folder / "recipe.json" if folder.is_dir() else Path(hf_hub_download(name, "recipe.json", revision=revision))
+        )
+        saved = json.loads(path.read_text("utf-8"))["keys"] if path.is_file() else {}
+    except EntryNotFoundError:  # no such file, or offline and never fetched
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelLoadError(f"model '{name}': its recipe.json could not be read: {reason}") from error
+    return {f.name: saved[f.name] for f in fields(DataArguments) if f.name in saved}
+
+
+def label_permutation(config: Any, names: Sequence[str], who: str, assume_same_order: bool = False) -> Tensor | None:
+    """Positions of a data set's classes among a model's, by name.
+
+    Args:
+        config: The model's, with ``id2label``.
+        names: The data set's classes in label order.
+        who: What errors call the model.
+        assume_same_order: Trust the model's order where its names cannot tell.
+
+    Returns:
+        ``(K,)`` indices into the model's logits; None if they are in order already.
+
+    Raises:
+        TeacherMismatchError: If number or names of the classes do not match.
+    """
+    names = list(names)
+    theirs = [str(config.id2label[i]) for i in range(len(config.id2label))]
+    if len(theirs) != len(names):
+        raise TeacherMismatchError(
+            f"{who}: expected {len(names)} classes ({_listed(names)}), found {len(theirs)} ({_listed(theirs)})"
+        )
+    if theirs == names or assume_same_order:
+        return None
+    positions = {_plain(name): i for i, name in enumerate(theirs)}
+    if len(positions) != len(names) or any(_plain(name) not in positions for name in names):
+        raise TeacherMismatchError(
+            f"{who}: expected the classes {_listed(names)}, found {_listed(theirs)}; give it the data set's names"
+            + ", or vouch for the order with 'teacher_assume_same_label_order'" * who.startswith("teacher")
+        )
+    return torch.tensor([positions[_plain(name)] for name in names])
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace("_", " ")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
