@@ -18,8 +18,8 @@ from typing import Any
 
 from scipy.stats import t as student_t
 
+from hf_ihb.records import write_json
 from hf_ihb.report import learned_from, read_run
-from hf_ihb.run import write_json
 
 ROOT = Path(__file__).parents[1]
 CONTROL = "ce_only"

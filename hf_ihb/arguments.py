@@ -421,11 +421,18 @@ class AnalysisArguments(MeasurementArguments):
         256, "Images that one term of the minibatch CKA is computed of, whatever batch_size is.", within=Range(8)
     )
     hessian_images: int = key(1024, "Images the loss is a mean over, for the Hessian.", within=AT_LEAST_ONE)
+    hessian_batch_size: int = key(
+        64,
+        "Images in one micro-batch of it, which bounds its memory; results do not depend on it.",
+        within=AT_LEAST_ONE,
+    )
     max_probes: int = key(100, "Probes of the Hessian's trace at most.", within=Range(2))
     trace_tolerance: float = key(
-        0.02, "Stop when the trace's standard error is below this share of it.", within=NON_NEGATIVE
+        0.05, "Stop when the trace's standard error is below this share of it.", within=NON_NEGATIVE
     )
-    lanczos_steps: int = key(40, "Steps of Lanczos; each keeps one vector of the model's size.", within=Range(2))
+    lanczos_steps: int = key(
+        40, "Steps of Lanczos at most; each keeps one vector of the model's size.", within=Range(2)
+    )
     lanczos_starts: int = key(2, "Random starts that the spectral density is the mean of.", within=AT_LEAST_ONE)
     hessian_dtype: Literal["float32", "float64"] = key("float32", "Precision of the Hessian.")
 

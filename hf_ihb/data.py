@@ -147,6 +147,17 @@ def _refuse_validation(args: DataArguments) -> None:
             )
 
 
+def stratified_sample(split: ImageSplit, count: int, seed: int, where: str) -> Tensor:
+    """Sorted row numbers of `count` images, every class in proportion; of all images where there are no more.
+
+    Raises:
+        DataError: If `count` does not hold every class.
+    """
+    if count >= len(split):
+        return torch.arange(len(split))
+    return torch.from_numpy(_stratified(split, count, seed, where)[1])
+
+
 def _stratified(split: ImageSplit, share: float | int, seed: int, where: str) -> tuple[np.ndarray, np.ndarray]:
     """Sorted row numbers of (the rest, a stratified part)."""
     try:
@@ -163,7 +174,7 @@ def _stratified(split: ImageSplit, share: float | int, seed: int, where: str) ->
 def _limit(split: ImageSplit, limit: int | None, seed: int, where: str) -> ImageSplit:
     if limit is None or limit >= len(split):
         return split
-    return split.select(_stratified(split, limit, seed, where)[1])
+    return split.select(stratified_sample(split, limit, seed, where))
 
 
 def _load_digits(args: DataArguments) -> tuple[ImageSplit, None, ImageSplit, None]:

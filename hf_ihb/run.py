@@ -2,13 +2,10 @@
 
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +18,17 @@ from hf_ihb.arguments import RunArguments, published_flaws
 from hf_ihb.checkpoint import HEADS_FILE
 from hf_ihb.data import ImageData
 from hf_ihb.errors import HfIhbError, RecipeError
+from hf_ihb.records import (
+    ANALYSIS_FILE,
+    EVALUATION_FILE,
+    HISTORY_FILE,
+    METRICS_FILE,
+    PLOTS,
+    RECIPE_FILE,
+    environment,
+    write_json,
+)
 from hf_ihb.trainer import SupervisedTrainer
-
-RECIPE_FILE, HISTORY_FILE, EVALUATION_FILE = "recipe.json", "training_history.json", "evaluation.json"
-_PACKAGES = ("hf_ihb", "torch", "transformers", "accelerate", "datasets", "timm", "huggingface_hub", "safetensors")
 
 logger = logging.get_logger(__name__)
 
@@ -94,7 +98,8 @@ def _clear_run(folder: Path) -> None:
     for path in (*folder.glob("checkpoint-*"), folder / HEADS_FILE.parent):
         if path.exists():
             shutil.rmtree(path)
-    for name in (RECIPE_FILE, HISTORY_FILE, EVALUATION_FILE, "model.safetensors"):
+    results = (HISTORY_FILE, EVALUATION_FILE, METRICS_FILE, ANALYSIS_FILE)
+    for name in (RECIPE_FILE, *results, *PLOTS, "model.safetensors"):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -159,35 +164,10 @@ def resolved_recipe(
         "dataset": {"name": data.name, "revision": data.revision, "label_names": data.label_names}
         | {split: len(getattr(data, split)) for split in ("train", "validation", "test")},
         "teacher": None if teacher is None else {"name": teacher.name, "revision": teacher.revision},
-        "environment": environment(trainer.args),
+        "environment": environment(
+            trainer.args.device,
+            num_processes=trainer.args.world_size,
+            mixed_precision=trainer.args.mixed_precision,
+        ),
     }
     return resolved
-
-
-def environment(args: TrainingArguments) -> dict[str, Any]:
-    """Versions, commit and hardware of this run."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and args.device.type == "cuda" else None
-    return {
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
-        "commit": commit.stdout.strip() or None,
-        "device": gpu or _cpu_name(),
-        "cpu_threads": torch.get_num_threads(),
-        "num_processes": args.world_size,
-        "mixed_precision": args.mixed_precision,
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never a part of it."""
-    staged = path.with_suffix(".tmp")
-    staged.write_text(json.dumps(content, indent=2, default=str) + "\n", "utf-8")
-    staged.replace(path)

@@ -12,7 +12,7 @@ PACKAGE = Path(hf_ihb.__file__).parent
 LAYERS = (
     {"errors"},
     {"functional", "arguments", "plots"},
-    {"recipe", "data", "models", "losses", "metrics", "checkpoint", "model_card", "views", "report"},
+    {"recipe", "data", "models", "losses", "metrics", "checkpoint", "model_card", "views", "records", "report"},
     {"teacher_cache", "hub"},
     {"trainer"},
     {"run", "evaluation", "analysis"},

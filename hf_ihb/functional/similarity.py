@@ -49,6 +49,11 @@ def _centered(x: Tensor, mask: Tensor | None, reduce: Reduce | None = None) -> T
 
     CKA ignores scale, so the scale is a constant to autograd; it keeps fourth powers inside float32's range.
     """
+    return _centered_and_scale(x, mask, reduce)[0]
+
+
+def _centered_and_scale(x: Tensor, mask: Tensor | None, reduce: Reduce | None = None) -> tuple[Tensor, Tensor]:
+    """`_centered` and what it divided by, ``(..., 1, 1)``."""
     rows = torch.ones_like(x[..., :1]) if mask is None else mask[..., None].to(x.dtype)
     x = torch.where(rows > 0, x, 0)
     total = torch.cat((x, rows), dim=-1).sum(dim=-2, keepdim=True)
@@ -63,7 +68,7 @@ def _centered(x: Tensor, mask: Tensor | None, reduce: Reduce | None = None) -> T
             largest, size, scale = reduce(torch.stack((largest, size, scale))).unbind()
         constant = size <= _CONSTANT * largest
         scale = torch.where(constant, 1, scale)
-    return torch.where(constant, 0, centered / scale)
+    return torch.where(constant, 0, centered / scale), scale
 
 
 def centered_gram(x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -237,22 +242,23 @@ def rbf_cka(
     """
     x, y = _checked(x, y, mask, estimator)
     with torch.autocast(x.device.type, enabled=False):
-        grams = [_centered_rbf_gram(_centered(features, mask), mask, bandwidth) for features in (x, y)]
+        grams = [c @ c.mT for c in (_centered(x, mask), _centered(y, mask))]
+        grams = [_centered_rbf_gram(gram, mask, bandwidth) for gram in grams]
         return _gram_moments(*grams, _row_count(x, mask)).cka(estimator)
 
 
-def _centered_rbf_gram(x: Tensor, mask: Tensor | None, bandwidth: float) -> Tensor:
-    inner = x @ x.mT
+def _centered_rbf_gram(inner: Tensor, mask: Tensor | None, bandwidth: float) -> Tensor:
+    """Of the linear Gram matrix of the same features; zero where half of the distances are 0."""
     lengths = inner.diagonal(dim1=-2, dim2=-1)
     pairs = torch.ones_like(inner, dtype=torch.bool) if mask is None else mask[..., :, None] & mask[..., None, :]
-    others = pairs & ~torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
+    others = pairs & ~torch.eye(inner.shape[-1], dtype=torch.bool, device=inner.device)
     # a row's distance to itself is 0, whatever rounding says
     squared = torch.where(others, (lengths[..., :, None] + lengths[..., None, :] - 2 * inner).clamp_min(0), 0)
     median = torch.where(others, squared.detach(), torch.nan).flatten(-2).nanmedian(dim=-1).values[..., None, None]
     defined = median > 0  # false for NaN: no pair at all
     kernel = torch.exp(-squared / (2 * bandwidth**2 * torch.where(defined, median, 1)))
     kernel = torch.where(pairs & defined, kernel, 0)
-    count = _row_count(x, mask).clamp_min(1)[..., None, None]
+    count = _row_count(inner, mask).clamp_min(1)[..., None, None]
     rows = kernel.sum(dim=-1, keepdim=True) / count
     centered = kernel - rows - rows.mT + rows.sum(dim=-2, keepdim=True) / count
     return torch.where(pairs & defined, centered, 0)

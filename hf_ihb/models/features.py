@@ -4,6 +4,7 @@ Layer numbers are 0-based block indices: ``layer l`` is the output of block l of
 final norm.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -34,14 +35,14 @@ class FeatureMap(NamedTuple):
 
 
 def extract_features(
-    model: nn.Module, pixel_values: Tensor, layers: Sequence[int], **kwargs: Any
+    model: nn.Module, pixel_values: Tensor, layers: Sequence[int] | None, **kwargs: Any
 ) -> tuple[ModelOutput, list[FeatureMap]]:
     """Runs a model once and returns its outputs and the feature maps of some layers.
 
     Args:
         model: A vision model of transformers, or timm behind transformers' wrapper.
         pixel_values: ``(B, C, H, W)``, normalised.
-        layers: 0-based block indices; none are computed if empty.
+        layers: 0-based block indices; none are computed if empty, all if None.
         **kwargs: Passed on to the model.
 
     Returns:
@@ -50,16 +51,27 @@ def extract_features(
     Raises:
         ValueError: If a layer does not exist or the tokens do not form a grid.
     """
-    if not layers:
+    if layers is not None and not layers:
         return model(pixel_values=pixel_values, **kwargs), []
     outputs = model(pixel_values=pixel_values, output_hidden_states=True, **kwargs)
     # Swin and its kin keep tokens in `hidden_states` and maps here
     states = getattr(outputs, "reshaped_hidden_states", None) or outputs.hidden_states
     first = first_block(model, len(states))
     depth = len(states) - first
+    layers = range(depth) if layers is None else layers
     if missing := [layer for layer in layers if not 0 <= layer < depth]:
         raise ValueError(f"{type(model).__name__} has blocks 0 to {depth - 1}, not {missing[0]}")
     return outputs, [_feature_map(states[first + layer], pixel_values, model.config) for layer in layers]
+
+
+def size_arguments(model: nn.Module, pixel_values: Tensor) -> dict[str, bool]:
+    """What a ViT's forward must be told where the images are not of the size it was made for."""
+    size = getattr(model.config, "image_size", None)
+    fixed = (size, size) if isinstance(size, int) else size
+    if fixed is None or tuple(pixel_values.shape[-2:]) == tuple(fixed):
+        return {}
+    takes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    return {"interpolate_pos_encoding": True} if takes else {}
 
 
 def first_block(model: nn.Module, num_states: int) -> int:

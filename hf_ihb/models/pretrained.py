@@ -50,6 +50,11 @@ class Pretrained(NamedTuple):
     name: str
     revision: str | None
 
+    def to(self, device: torch.device) -> "Pretrained":
+        """Moves the model; returns itself."""
+        self.model.to(device)
+        return self
+
     def summary(self) -> dict[str, Any]:
         """Name, revision, class, number of parameters, and the SHA-256 of the weights."""
         return {

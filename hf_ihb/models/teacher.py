@@ -1,8 +1,6 @@
 """Frozen teachers: any image model of transformers or timm, seen through its own normalisation and resolution."""
 
-import inspect
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +8,7 @@ from transformers import PreTrainedModel
 
 from hf_ihb.arguments import TeacherArguments
 from hf_ihb.errors import NumericsError, TeacherMismatchError
-from hf_ihb.models.features import FeatureMap, extract_features, final_norm
+from hf_ihb.models.features import FeatureMap, extract_features, final_norm, size_arguments
 from hf_ihb.models.pretrained import label_permutation, load_pretrained
 from hf_ihb.models.processing import PixelFormat
 
@@ -50,8 +48,6 @@ class Teacher:
         self.permutation: Tensor | None = None
         if label_names is not None:
             self.align_labels(label_names, assume_same_order)
-        takes = inspect.signature(model.forward).parameters
-        self._interpolates = "interpolate_pos_encoding" in takes
 
     def to(self, device: torch.device) -> "Teacher":
         """Moves the model; returns itself."""
@@ -83,16 +79,10 @@ class Teacher:
             )
         return self.pixels.apply(images)
 
-    def _kwargs(self, pixel_values: Tensor) -> dict[str, Any]:
-        size = getattr(self.model.config, "image_size", None)
-        fixed = (size, size) if isinstance(size, int) else size
-        resized = fixed is not None and tuple(pixel_values.shape[-2:]) != tuple(fixed)
-        return {"interpolate_pos_encoding": True} if resized and self._interpolates else {}
-
     @torch.no_grad()
     def logits(self, pixel_values: Tensor) -> Tensor:
         """``(B, K)`` float32 class scores in the student's class order, of normalised ``(B, C, H, W)`` pixels."""
-        logits = self.model(pixel_values=pixel_values, **self._kwargs(pixel_values)).logits.float()
+        logits = self.model(pixel_values=pixel_values, **size_arguments(self.model, pixel_values)).logits.float()
         return logits if self.permutation is None else logits[:, self.permutation]
 
     @torch.no_grad()
@@ -108,7 +98,7 @@ class Teacher:
             TeacherMismatchError: If a layer or the norm does not exist.
         """
         try:
-            _, maps = extract_features(self.model, pixel_values, layers, **self._kwargs(pixel_values))
+            _, maps = extract_features(self.model, pixel_values, layers, **size_arguments(self.model, pixel_values))
         except ValueError as error:
             raise TeacherMismatchError(f"teacher '{self.name}', key 'teacher_layers': {error}") from error
         if not apply_norm:

@@ -1,13 +1,11 @@
-"""Plots of results that are already in JSON: numbers in, PNG out."""
+"""Curves of training."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: told apart with every common colour vision.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES = ("-", "--", ":", "-.")
+from hf_ihb.plots.style import COLORS, STYLES
 
 Curve = tuple[Sequence[float], Sequence[float]]
 

@@ -1,0 +1,74 @@
+import json
+import math
+
+import pytest
+
+from hf_ihb.errors import DataError
+from hf_ihb.records import output_folder, read_json, short_names, write_json
+
+CONTENT = {
+    "empty": {},
+    "row": [1, 2.5, -3e-9],
+    "matrix": [[float(i * j) for i in range(12)] for j in range(12)],
+    "image": [[[i, j, 255] for i in range(8)] for j in range(8)],
+    "nested": [{"name": "a \"quoted\" name\n", "values": [None, True]}],
+}
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    write_json(tmp_path / "a.json", CONTENT)
+    assert read_json(tmp_path / "a.json") == CONTENT
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_rows_of_numbers_and_pixels_take_one_line_each(tmp_path):
+    write_json(tmp_path / "a.json", {name: CONTENT[name] for name in ("matrix", "image")})
+    assert len((tmp_path / "a.json").read_text("utf-8").splitlines()) == 2 + (12 + 2) + (8 + 2)
+
+
+def test_numbers_json_does_not_know_become_null(tmp_path):
+    write_json(tmp_path / "a.json", {"a": math.nan, "b": [math.inf, (1.0, -math.inf)]})
+    assert read_json(tmp_path / "a.json") == {"a": None, "b": [None, [1.0, None]]}
+
+
+@pytest.mark.parametrize("content", [None, "{", "[1]", b"\xff"])
+def test_a_file_that_is_no_json_object_is_named(content, tmp_path):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=r"a\.json: expected a JSON"):
+        read_json(path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+    circular = {}
+    circular["self"] = circular
+    with pytest.raises((ValueError, RecursionError)):
+        write_json(path, circular)
+    assert json.loads(path.read_text("utf-8")) == {"old": 1}
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["out/a/cka"], ["cka"]),
+        (["out/cka", "out/gram"], ["cka", "gram"]),
+        (["out/a/cka", "out/b/cka", "out/b/gram"], ["a/cka", "b/cka", "b/gram"]),
+        (["cka", "out/cka"], ["cka", "out/cka"]),
+    ],
+)
+def test_names_are_as_short_as_they_can_be_told_apart(names, short):
+    assert short_names(names) == short
+
+
+def test_the_same_model_twice_is_refused():
+    with pytest.raises(DataError, match="found a/b twice"):
+        short_names(["a/b", "c", "a/b"])
+
+
+def test_results_go_beside_a_folder_and_to_outputs_for_the_hub(tmp_path):
+    assert output_folder(None, str(tmp_path)) == tmp_path
+    assert str(output_folder(None, "someone/deit-tiny-cka")) == "outputs/deit-tiny-cka"
+    assert str(output_folder("x", str(tmp_path))) == "x"
