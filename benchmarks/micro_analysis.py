@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--outputs", type=Path, default=Path("outputs/micro"), help="Where the runs are.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Of the runs.")
     parser.add_argument(
-        "--hessian_seeds", type=int, nargs="*", default=[0, 1, 2], help="Those whose curvature is measured."
+        "--hessian_seeds", type=int, nargs="*", default=[0], help="Those whose curvature is measured."
     )
     parser.add_argument("--max_images", type=int, default=10000, help="Test images for attention and CKA.")
     parser.add_argument("--hessian_images", type=int, default=256, help="Test images for the Hessian.")

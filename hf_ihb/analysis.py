@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_ihb.arguments import AnalysisArguments
+from hf_ihb.arguments import ANALYSES, AnalysisArguments
 from hf_ihb.data import ImageSplit, stratified_sample
 from hf_ihb.errors import ModelLoadError
 from hf_ihb.functional.attention import uniform_attention_distance
@@ -66,7 +66,8 @@ def analyze(
         args: What is measured, and how.
         data: ``name`` and ``revision`` of the data set.
         teacher: A second model, on the same device, for CKA between the two.
-        previous: An earlier result, which is returned where it is of the same weights, images and settings.
+        previous: An earlier result. Where it is of the same weights and images, its parts stand as they are: those that
+            are not asked for, and with `compare` those that are, if their settings are the same too.
         keep: Called with all there is after each analysis, and before an error leaves; the place to write a file.
 
     Returns:
@@ -79,24 +80,28 @@ def analyze(
         NumericsError: If a loss or a product with its Hessian is not finite.
     """
     rows = stratified_sample(split, args.max_images, args.analysis_seed, f"key 'max_images', {args.split}")
-    names = [name for analysis in args.analyses for name in _SETTINGS[analysis]]
     result: dict[str, Any] = {
         "model": subject.summary(),
         "teacher": None if teacher is None else teacher.summary(),
         "data": {**data, "split": args.split, "num_images": len(rows), "seed": args.analysis_seed}
         | {"indices": rows.tolist()},
-        "settings": {name: getattr(args, name) for name in names},
+        "settings": {part: {name: getattr(args, name) for name in _SETTINGS[part]} for part in args.analyses},
         "environment": environment(subject.model.device),
         "seconds": {},
     }
-    if previous is not None and _is_same(previous, result, args.analyses):
-        return previous
+    standing = _standing(previous or {}, result, args)
+    for part in standing:
+        for section in ("settings", "seconds"):
+            result[section][part] = previous[section][part]
+        result[part] = previous[part]
+    if standing == set(ANALYSES) & set(previous or {}) and standing >= set(args.analyses):
+        return previous  # with the environment that it was made in
     parts = {
         "attention": lambda: analyze_attention(subject, split, rows, args),
         "cka": lambda: analyze_cka(subject, split, rows, args, teacher),
         "hessian": lambda: analyze_hessian(subject, split, args),
     }
-    for name in args.analyses:
+    for name in (name for name in args.analyses if name not in standing):
         start = time.perf_counter()
         try:
             result[name] = parts[name]()
@@ -109,18 +114,19 @@ def analyze(
     return result
 
 
-def _is_same(previous: dict[str, Any], wanted: dict[str, Any], analyses: Sequence[str]) -> bool:
-    """Whether an earlier result answers what is asked now: weights, images and settings, whoever calls them what."""
+def _standing(previous: dict[str, Any], wanted: dict[str, Any], args: AnalysisArguments) -> set[str]:
+    """Parts of an earlier result that are still true and are not to be made again."""
 
-    def digest(result: dict[str, Any], role: str) -> str | None:
-        return (result.get(role) or {}).get("weights_sha256")
+    def digests(result: dict[str, Any]) -> list[str | None]:
+        return [(result.get(role) or {}).get("weights_sha256") for role in ("model", "teacher")]
 
-    return (
-        all(name in previous for name in analyses)
-        and all(digest(previous, role) == digest(wanted, role) for role in ("model", "teacher"))
-        and previous.get("data") == wanted["data"]
-        and wanted["settings"].items() <= previous.get("settings", {}).items()
-    )
+    if digests(previous) != digests(wanted) or previous.get("data") != wanted["data"]:
+        return set()
+    made = {part for part in ANALYSES if all(part in previous.get(s, {}) for s in ("settings", "seconds"))}
+    if not args.compare:
+        return made - set(args.analyses)
+    same = {part for part in made if previous["settings"][part] == wanted["settings"].get(part)}
+    return made - set(args.analyses) | same
 
 
 def _batches(

@@ -386,16 +386,13 @@ class EvaluationArguments(MeasurementArguments):
     """How a model is evaluated."""
 
     baseline_model: str | None = key(
-        None, "Hub id or folder of the matched control, trained without a teacher; with a teacher, gives the transfer."
+        None,
+        "Hub id or folder of the matched control, trained without a teacher: gives the gain over it, and with a teacher "
+        "the share of the gap that is closed.",
     )
     teacher_assume_same_label_order: bool = key(
         False, "Trust that the teacher's classes are in the data set's order where its names cannot tell."
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.baseline_model is not None and self.teacher_model is None:
-            raise ValueError("keys 'baseline_model' and 'teacher_model': expected both or the teacher alone")
 
 
 ANALYSES = ("attention", "cka", "hessian")

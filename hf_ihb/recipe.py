@@ -128,6 +128,8 @@ def _parse(
 
     parser.set_defaults(**values)
     namespace, unknown = parser.parse_known_args(options)
+    if unknown and not unknown[0].startswith("--"):
+        raise RecipeError(f"command line: expected --key value, found '{unknown[0]}'")
     if unknown:
         name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
         _check_key(f"command line: key '{name}'", name, None, owners)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hf_ihb.errors import DataError
+from hf_ihb.errors import DataError, RecipeError
 
 RECIPE_FILE, HISTORY_FILE, EVALUATION_FILE = "recipe.json", "training_history.json", "evaluation.json"
 METRICS_FILE, ANALYSIS_FILE, PLOTS_FOLDER = "metrics.json", "analysis.json", "plots"
@@ -27,7 +28,17 @@ PLOTS = tuple(
         "confusion_matrix",
     )
 )
-_PACKAGES = ("hf_ihb", "torch", "transformers", "accelerate", "datasets", "timm", "huggingface_hub", "safetensors")
+_PACKAGES = (
+    "hf_ihb",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "evaluate",
+    "timm",
+    "huggingface_hub",
+    "safetensors",
+)
 
 
 def environment(device: torch.device, *, num_processes: int = 1, mixed_precision: str | None = None) -> dict[str, Any]:
@@ -109,11 +120,17 @@ def default_device(name: str | None = None) -> torch.device:
 
 
 def output_folder(output_dir: str | None, model: str) -> Path:
-    """Where results about a model go: `output_dir`, or the model's folder, or ``outputs/<name>`` for one of the Hub."""
-    if output_dir is not None:
-        return Path(output_dir)
-    folder = Path(model).expanduser()
-    return folder if folder.is_dir() else Path("outputs", *model.split("/")[-1:])
+    """Where results about a model go: `output_dir`, or the model's folder, or ``outputs/<name>`` for one of the Hub.
+
+    Raises:
+        RecipeError: If that is a file, or cannot be written to.
+    """
+    own = Path(model).expanduser()
+    folder = Path(output_dir) if output_dir is not None else own if own.is_dir() else Path("outputs", Path(model).name)
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise RecipeError(f"key 'output_dir': expected a folder that can be written to, found {nearest}")
+    return folder
 
 
 def short_names(names: Sequence[str]) -> list[str]:

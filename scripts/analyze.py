@@ -7,7 +7,6 @@ Writes analysis.json and plots/ into the model's folder (a model of the Hub: out
 set is that of the recipe beside the (first) model, unless it is given.
 """
 
-from pathlib import Path
 from typing import Any
 
 from hf_ihb.analysis import analysis_table, analyze
@@ -26,8 +25,10 @@ def main(argv: list[str]) -> None:
         argv, DataArguments, AnalysisArguments, defaults=data_defaults, description=__doc__
     )
     names = [model, *args.compare] if model else args.compare
-    subjects = {}
+    together = output_folder(args.output_dir or "outputs/comparison", "")
+    subjects, folders = {}, {}
     for name, short in zip(names, short_names(names), strict=True):
+        folders[short] = output_folder(None if args.compare else args.output_dir, name)
         revision = args.model_revision if name == model else None
         subjects[short] = load_pretrained(name, revision, needs_logits=None)
     teacher = _teacher(args)
@@ -37,22 +38,21 @@ def main(argv: list[str]) -> None:
 
     analyses: dict[str, Any] = {}
     for short, subject in subjects.items():
-        folder = output_folder(None if args.compare else args.output_dir, subject.name)
+        folder, path = folders[short], folders[short] / ANALYSIS_FILE
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / ANALYSIS_FILE
         analyses[short] = analyze(
             subject.to(device),
             split,
             args,
             data=data,
             teacher=teacher and teacher.to(device),
-            previous=read_json(path) if args.compare and path.is_file() else None,
+            previous=read_json(path) if path.is_file() else None,
             keep=lambda result, path=path: write_json(path, result),
         )
         draw_analyses({short: read_json(path)}, folder / "plots")
     print(analysis_table(analyses))
     if args.compare:
-        folder = Path(args.output_dir or "outputs/comparison")
+        folder = together
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "comparison.json", analyses)
         draw_analyses(read_json(folder / "comparison.json"), folder / "plots")

@@ -235,7 +235,7 @@ def test_an_earlier_result_stands_where_nothing_it_depends_on_has_changed(studen
     first = measure(student, split, "attention,cka", cnn)
 
     def is_read(metrics="attention,cka", teacher=cnn, model=student, **kwargs):
-        return measure(model, split, metrics, teacher, previous=first, **kwargs) is first
+        return measure(model, split, metrics, teacher, previous=first, compare=["others"], **kwargs) is first
 
     assert is_read()
     assert is_read("cka")
@@ -249,6 +249,19 @@ def test_an_earlier_result_stands_where_nothing_it_depends_on_has_changed(studen
     with torch.no_grad():
         other.model.deit.layernorm.weight[0] += 1
     assert not is_read(model=other)
+    # a model on its own is measured anew
+    assert measure(student, split, "attention,cka", cnn, previous=first) is not first
+
+
+def test_parts_that_are_not_asked_for_are_kept_while_they_are_true(student, split):
+    first = measure(student, split, "attention,hessian")
+    first["attention"]["mean_distance"] = first["hessian"]["trace"] = 42.0  # to be told from what is made anew
+    second = measure(student, split, "attention,cka", previous=first)
+    assert {"attention", "cka", "hessian"} <= second.keys()
+    assert second["hessian"]["trace"] == 42.0
+    assert second["attention"]["mean_distance"] != 42.0
+    assert second["seconds"].keys() == second["settings"].keys() == {"attention", "cka", "hessian"}
+    assert "hessian" not in measure(student, split, "cka", previous=first, max_images=12)
 
 
 def test_the_table_shows_what_all_models_share(student, cnn, split):

@@ -9,7 +9,14 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from hf_ihb.arguments import DataArguments
-from hf_ihb.data import DIGITS, ImageSplit, collate_images, load_image_data
+from hf_ihb.data import (
+    DIGITS,
+    ImageSplit,
+    collate_images,
+    load_image_data,
+    load_image_split,
+    stratified_sample,
+)
 from hf_ihb.errors import DataError, RecipeError
 
 NAMES = ["cat", "dog", "owl"]
@@ -390,3 +397,40 @@ def test_nothing_is_written_beside_the_data(folder):
     before = sorted(p.name for p in Path(name).iterdir())
     load(name)
     assert sorted(p.name for p in Path(name).iterdir()) == before
+
+
+@pytest.mark.parametrize("split", ["test", "validation", "train"])
+def test_a_single_split_is_the_one_of_the_whole_set(folder, split):
+    args = DataArguments(write(folder, train=rows(30), test=rows(9, start=100, size=(8, 8))), max_eval_samples=6)
+    found, revision = load_image_split(args, split)
+    expected = getattr(load_image_data(args), split)
+    assert torch.equal(found.images, expected.images)  # of the training images' size, all of them
+    assert torch.equal(found.labels, expected.labels)
+    assert found.label_names == expected.label_names
+    assert revision is None
+
+
+def test_the_test_split_is_decoded_alone(folder):
+    name = write(folder, train=[*rows(29), (b"broken", 0)], test=rows(6))
+    assert len(load_image_split(DataArguments(name), "test")[0]) == 6
+    with pytest.raises(DataError, match="row 29: the image cannot be decoded"):
+        load_image_split(DataArguments(name), "train")
+
+
+def test_a_set_without_a_training_split_can_be_tested_on(folder):
+    found, _ = load_image_split(DataArguments(write(folder, test=rows(6))), "test")
+    assert torch.equal(found.images, pixels([image for image, _ in rows(6)]))
+    with pytest.raises(DataError, match="key 'test_split': no split 'test'"):
+        load_image_split(DataArguments(write(folder.with_name("other"), train=rows(6))), "test")
+
+
+def test_a_sample_has_every_class_in_proportion_and_is_fixed_by_its_seed(folder):
+    split, _ = load_image_split(DataArguments(write(folder, test=rows(24))), "test")
+    one, again, other = (stratified_sample(split, 12, seed, "here") for seed in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert torch.equal(one, one.unique())
+    assert torch.bincount(split.labels[one]).tolist() == [4, 4, 4]
+    assert torch.equal(stratified_sample(split, 99, 0, "here"), torch.arange(24))
+    with pytest.raises(DataError, match="here: cannot be split by class"):
+        stratified_sample(split, 2, 0, "here")

@@ -24,17 +24,13 @@ from hf_ihb.plots.style import short_names
 
 @pytest.fixture
 def draw(tmp_path, monkeypatch):
-    """Calls a plot and gives the figure as it was saved."""
-    saved, save = [], Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *args, **kwargs: saved.append((self, save(self, *args, **kwargs)))
-    )
+    """Calls a plot and gives the figure that it would save."""
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: saved.append(figure))
 
     def drawn(plot, *args, **kwargs):
         plot(*args, path=tmp_path / "plot.png", **kwargs)
-        ((figure, _),) = saved
-        saved.clear()
-        return figure
+        return saved.pop()
 
     return drawn
 
@@ -193,10 +189,18 @@ OF_ANALYSES = {
 }
 
 
-@pytest.mark.parametrize("plot", OF_ANALYSES)
+def confusion_of_three(analyses, path):
+    confusion_matrix_plot([[9, 1, 0], [0, 0, 0], [1, 2, 1]], list(analyses), path)
+
+
+def map_of_the_first(analyses, path):
+    attention_map_plot(next(iter(analyses.values())), path)
+
+
+@pytest.mark.parametrize("plot", [*OF_ANALYSES, confusion_of_three, map_of_the_first])
 def test_a_picture_is_a_readme_wide_and_the_same_every_time(tmp_path, plot):
     for name in ("one.png", "two.png"):
-        plot(analyses_of(2), tmp_path / name)
+        plot(analyses_of(3), tmp_path / name)
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     with Image.open(tmp_path / "one.png") as image:
         assert image.width == 1196
@@ -315,7 +319,9 @@ def test_students_of_different_grids_are_drawn_relative_to_uniform(draw):
 @pytest.mark.parametrize(("patch_px", "factor"), [((4, 4), 4), ((14, 14), 14), ((4, 2), None)])
 def test_pixels_stand_beside_patches_where_one_factor_does(draw, patch_px, factor):
     analyses = {**analyses_of(1, patch_px=patch_px[0]), "b": {"attention": attention_of(1, patch_px=patch_px[1])}}
-    (axis,) = draw(attention_distance_plot, analyses).axes
+    figure = draw(attention_distance_plot, analyses)
+    FigureCanvasAgg(figure).draw()
+    (axis,) = figure.axes
     assert [child.get_ylabel() for child in axis.child_axes] == ([] if factor is None else ["pixels"])
     for child in axis.child_axes:
         assert child.get_ylim() == pytest.approx([factor * y for y in axis.get_ylim()])

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import random
+import re
 import string
 from dataclasses import fields
 from pathlib import Path
@@ -11,8 +12,10 @@ from transformers import TrainingArguments
 
 from hf_ihb.arguments import (
     TRAINING_RANGES,
+    AnalysisArguments,
     AugmentationArguments,
     DataArguments,
+    EvaluationArguments,
     LogitDistillationTrainingArguments,
     ModelArguments,
     RunArguments,
@@ -21,7 +24,7 @@ from hf_ihb.arguments import (
     TeacherArguments,
 )
 from hf_ihb.errors import RecipeError
-from hf_ihb.recipe import MAX_RECIPE_BYTES, parse_recipe, peek, read_recipe, recipe_path
+from hf_ihb.recipe import MAX_RECIPE_BYTES, parse_models, parse_recipe, peek, read_recipe, recipe_path
 
 ROOT = Path(__file__).parents[1]
 COMMON = (RunArguments, DataArguments, AugmentationArguments, ModelArguments)
@@ -516,3 +519,76 @@ def test_any_recipe_is_parsed_or_refused_in_one_line():
             assert [type(instance) for instance in instances] == list(classes)
     assert parsed > 25
     assert [p.name for p in Path().rglob("*")] == ["recipe.json"]
+
+
+# ---- Finished models ----
+
+
+def models(*argv, classes=(DataArguments, EvaluationArguments), defaults=lambda name, revision: {}):
+    return parse_models(argv, *classes, defaults=defaults)
+
+
+def test_the_command_line_beats_what_the_model_was_trained_on_and_that_beats_the_defaults():
+    def defaults(name, revision):
+        assert (name, revision) == ("outputs/cka", "v1")
+        return {"dataset_name": "mine", "split_seed": 3}
+
+    name, data, args = models(
+        "outputs/cka", "--model_revision", "v1", "--split_seed", "5", "--batch_size=7", defaults=defaults
+    )
+    assert name == "outputs/cka"
+    assert (data.dataset_name, data.split_seed, data.train_split) == ("mine", 5, "train")
+    assert args.batch_size == 7
+    assert args.output_dir is None
+
+
+def test_compared_models_stand_in_for_the_first_argument():
+    seen = []
+    classes = (DataArguments, AnalysisArguments)
+
+    def defaults(name, revision):
+        seen.append(name)
+        return {}
+
+    name, _, args = models("--compare", "a", "b/c", "--max_images", "64", classes=classes, defaults=defaults)
+    assert name is None
+    assert args.compare == ["a", "b/c"]
+    assert args.max_images == 64
+    name, _, args = models("m", "--compare", "a", classes=classes, defaults=defaults)
+    assert (name, args.compare) == ("m", ["a"])
+    assert seen == ["a", "m"]
+
+
+@pytest.mark.parametrize("classes", [(DataArguments, EvaluationArguments), (DataArguments, AnalysisArguments)])
+@pytest.mark.parametrize("argv", [(), ("--batch_size", "3")])
+def test_a_model_is_needed(classes, argv):
+    with pytest.raises(RecipeError, match="command line: expected a model first, its folder or Hub id"):
+        models(*argv, classes=classes)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (("--metrics", "attention,ckb"), "key 'metrics': expected some of attention,cka,hessian, found 'ckb'"),
+        (("--metrics", ""), "key 'metrics': expected some of"),
+        (("--max_images", "2"), "command line: key 'max_images': expected an integer >= 8, found 2"),
+        (("--split", "tset"), "command line: key 'split': expected one of test, validation, train, found 'tset'"),
+        (("--hessian_dtype", "bf16"), "key 'hessian_dtype': expected one of float32, float64"),
+        (("--device", "gpu0"), "command line: key 'device': expected a device such as cpu, found 'gpu0'"),
+        (("--metrix", "cka"), "key 'metrix': unknown; did you mean 'metrics'?"),
+        (("b",), "expected --key value, found 'b'"),
+    ],
+)
+def test_a_mistake_in_measuring_is_one_line(argv, says):
+    with pytest.raises(RecipeError, match=re.escape(says)):
+        models("m", *argv, classes=(DataArguments, AnalysisArguments))
+
+
+def test_what_stands_beside_a_model_is_checked_like_a_recipe():
+    with pytest.raises(RecipeError, match=r"m: recipe\.json: key 'split_seed': expected an integer"):
+        models("m", defaults=lambda name, revision: {"split_seed": "seven"})
+
+
+def test_analyses_are_made_in_one_order():
+    args = AnalysisArguments(metrics="hessian, attention")
+    assert args.analyses == ["attention", "hessian"]

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from hf_ihb.errors import DataError
+from hf_ihb.errors import DataError, RecipeError
 from hf_ihb.records import output_folder, read_json, short_names, write_json
 
 CONTENT = {
@@ -11,7 +11,7 @@ CONTENT = {
     "row": [1, 2.5, -3e-9],
     "matrix": [[float(i * j) for i in range(12)] for j in range(12)],
     "image": [[[i, j, 255] for i in range(8)] for j in range(8)],
-    "nested": [{"name": "a \"quoted\" name\n", "values": [None, True]}],
+    "nested": [{"name": 'a "quoted" name\n', "values": [None, True]}],
 }
 
 
@@ -72,3 +72,12 @@ def test_results_go_beside_a_folder_and_to_outputs_for_the_hub(tmp_path):
     assert output_folder(None, str(tmp_path)) == tmp_path
     assert str(output_folder(None, "someone/deit-tiny-cka")) == "outputs/deit-tiny-cka"
     assert str(output_folder("x", str(tmp_path))) == "x"
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for name in ("file", "file/below"):
+        with pytest.raises(
+            RecipeError, match=r"key 'output_dir': expected a folder that can be written to, found .*file$"
+        ):
+            output_folder(str(tmp_path / name), "model")

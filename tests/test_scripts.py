@@ -7,6 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from transformers import (
+    BitImageProcessor,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 from transformers.utils import logging
 
 ROOT = Path(__file__).parents[1]
@@ -131,6 +144,139 @@ def test_a_run_leaves_what_later_steps_read_and_the_table_shows_it(script, tmp_p
     assert json.loads((tmp_path / "run" / "training_history.json").read_text())
     table = script("summarize.py", None, "run").stdout
     assert f"{100 * evaluation['test']['accuracy']:.2f}" in table.splitlines()[2]
+
+
+@pytest.mark.parametrize("name", ["evaluate_model.py", "analyze.py"])
+def test_help_of_what_reads_a_finished_model_says_what_goes_first(name, script):
+    done = script(name, None, "--help")
+    assert done.code == 0
+    assert "MODEL" in done.stdout.splitlines()[0]
+    for key in ("--dataset_name", "--teacher_model", "--output_dir", "--batch_size"):
+        assert key in done.stdout
+
+
+# ---- Analysis ----
+
+QUICK = [
+    "--max_images", "40", "--hessian_images", "20", "--max_probes", "2", "--lanczos_steps", "3", "--lanczos_starts",
+    "1", "--device", "cpu",
+]  # fmt: skip
+DRAWN = {
+    "attention_distance.png", "attention_maps.png", "attention_statistics.png", "cka_linear.png", "cka_rbf.png",
+    "eigenvalue_density.png",
+}  # fmt: skip
+
+
+def read(path):
+    return json.loads(path.read_text("utf-8"))
+
+
+def test_a_finished_run_is_analysed_on_the_data_of_its_recipe(script, tmp_path):
+    assert script("train.py", {**STUDENT, "max_eval_samples": 60}, "--output_dir", "run").code == 0
+    done = script("analyze.py", None, "run", *QUICK)
+    assert done.code == 0, done.stderr
+    found = read(tmp_path / "run" / "analysis.json")
+    assert found["data"]["name"] == "sklearn:digits"
+    assert found["data"]["num_images"] == 40
+    assert found["attention"]["grid"] == [4, 4]
+    assert found["hessian"]["num_images"] == 20
+    assert {path.name for path in (tmp_path / "run" / "plots").iterdir()} == DRAWN
+    assert f"{found['attention']['mean_distance']:.3f}" in done.stdout
+    assert "numbers and plots are in run" in done.stdout
+    # a new run in its place leaves nothing of the old one's results
+    assert script("train.py", STUDENT, "--output_dir", "run", "--overwrite_output_dir", "true").code == 0
+    assert not (tmp_path / "run" / "analysis.json").exists()
+    assert not list((tmp_path / "run" / "plots").iterdir())
+
+
+def test_students_are_put_side_by_side_and_what_is_known_is_read(script, tmp_path):
+    for seed in "12":
+        assert script("train.py", STUDENT, "--output_dir", f"s{seed}/run", "--seed", seed).code == 0
+    metrics = ["--metrics", "attention", "--num_maps", "0"]
+    assert script("analyze.py", None, "s1/run", *QUICK, *metrics).code == 0
+    before = read(tmp_path / "s1" / "run" / "analysis.json")
+    done = script("analyze.py", None, "--compare", "s1/run", "s2/run", *QUICK, *metrics)
+    assert done.code == 0, done.stderr
+    side_by_side = read(tmp_path / "outputs" / "comparison" / "comparison.json")
+    assert list(side_by_side) == ["s1/run", "s2/run"]
+    assert side_by_side["s1/run"] == before
+    assert side_by_side["s2/run"] == read(tmp_path / "s2" / "run" / "analysis.json")
+    assert (tmp_path / "outputs" / "comparison" / "plots" / "attention_distance.png").is_file()
+    assert all(f"| {name} |" in done.stdout for name in side_by_side)
+
+
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+def hf_vit():
+    return ViTForImageClassification(ViTConfig(image_size=16, patch_size=4, num_labels=10, **SHAPE)), 16
+
+
+def dinov2():
+    return Dinov2Model(
+        Dinov2Config(image_size=56, patch_size=14, **SHAPE)
+    ), 28  # shown another size than it is made for
+
+
+def dinov2_with_registers():
+    config = Dinov2WithRegistersConfig(image_size=28, patch_size=14, num_register_tokens=4, **SHAPE)
+    return Dinov2WithRegistersModel(config), 28
+
+
+def timm_vit():
+    config = TimmWrapperConfig(
+        architecture="vit_tiny_patch16_224",
+        num_labels=10,
+        model_args={"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2},
+        pretrained_cfg={"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"},
+    )
+    return TimmWrapperForImageClassification(config), None
+
+
+@pytest.mark.parametrize(
+    ("make", "grid", "prefix"),
+    [(hf_vit, [4, 4], 1), (timm_vit, [4, 4], 1), (dinov2, [2, 2], 1), (dinov2_with_registers, [2, 2], 5)],
+)
+def test_models_of_others_are_analysed_as_they_are(make, grid, prefix, script, tmp_path):
+    model, size = make()
+    model.save_pretrained(tmp_path / "model")
+    if size is not None:
+        processor = BitImageProcessor(do_center_crop=False, size={"height": size, "width": size})
+        processor.save_pretrained(tmp_path / "model")
+    arguments = ["--dataset_name", "sklearn:digits", "--metrics", "attention,cka", "--teacher_model", "model"]
+    done = script("analyze.py", None, "model", *arguments, *QUICK)
+    assert done.code == 0, done.stderr
+    found = read(tmp_path / "model" / "analysis.json")
+    assert found["attention"]["grid"] == grid
+    assert found["attention"]["num_prefix_tokens"] == prefix
+    assert len(found["attention"]["layers"]) == 2
+    own, cross = (matrix["linear"] for matrix in found["cka"]["matrices"])
+    assert cross == own  # it was its own teacher
+    assert [own[0][0], own[1][1]] == pytest.approx([1, 1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        ([], 2, "command line: expected a model first"),
+        (["no/such-model"], 3, "model 'no/such-model' could not be"),
+        (["cnn"], 3, "expected a ViT with self-attention over all patches, found none; leave attention out"),
+        (["cnn", "--metrics", "cka", "--teacher_model", "nobody/nothing"], 3, "teacher 'nobody/nothing' could not"),
+        (["cnn", "--metrics", "cka", "--max_images", "9"], 3, "key 'max_images', test: cannot be split by class"),
+        (["cnn", "--compare", "cnn"], 3, "expected different models, found cnn twice"),
+    ],
+)
+def test_an_analysis_that_cannot_be_made_fails_the_command_in_one_line(arguments, code, says, script, tmp_path):
+    labels = {"id2label": {i: str(i) for i in range(10)}, "label2id": {str(i): i for i in range(10)}}
+    cnn = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", **labels)
+    ResNetForImageClassification(cnn).save_pretrained(tmp_path / "cnn")
+    BitImageProcessor(do_resize=False, do_center_crop=False).save_pretrained(tmp_path / "cnn")
+    done = script("analyze.py", None, *arguments, "--dataset_name", "sklearn:digits")
+    assert done.code == code, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert says in last
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", ["train.py", "distill.py"])

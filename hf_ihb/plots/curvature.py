@@ -47,7 +47,7 @@ def eigenvalue_density_plot(analyses: Mapping[str, Mapping[str, Any]], path: str
         values = numbers(student["density"]["density"])
         values[~(values > 0)] = np.nan  # has no logarithm
         (line,) = density.plot(student["density"]["eigenvalues"], values, **{**looks[name], "marker": ""})
-        entries.append((line, names[name] + _summary(student, with_loss=len(losses) > 1)))
+        entries.append((line, names[name] + _summary(student, with_loss=False)))
         ends = numbers([student["smallest_eigenvalue"], student["largest_eigenvalue"]])
         extent.plot(ends, [i, i], **{**looks[name], **ticks})
         extent.annotate(
