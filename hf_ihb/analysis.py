@@ -94,6 +94,8 @@ def analyze(
         for section in ("settings", "seconds"):
             result[section][part] = previous[section][part]
         result[part] = previous[part]
+    if "cka" in standing:
+        result["teacher"] = previous["teacher"]
     if standing == set(ANALYSES) & set(previous or {}) and standing >= set(args.analyses):
         return previous  # with the environment that it was made in
     parts = {
@@ -117,16 +119,20 @@ def analyze(
 def _standing(previous: dict[str, Any], wanted: dict[str, Any], args: AnalysisArguments) -> set[str]:
     """Parts of an earlier result that are still true and are not to be made again."""
 
-    def digests(result: dict[str, Any]) -> list[str | None]:
-        return [(result.get(role) or {}).get("weights_sha256") for role in ("model", "teacher")]
+    def digest(result: dict[str, Any], role: str) -> str | None:
+        return (result.get(role) or {}).get("weights_sha256")
 
-    if digests(previous) != digests(wanted) or previous.get("data") != wanted["data"]:
+    if digest(previous, "model") != digest(wanted, "model") or previous.get("data") != wanted["data"]:
         return set()
     made = {part for part in ANALYSES if all(part in previous.get(s, {}) for s in ("settings", "seconds"))}
-    if not args.compare:
-        return made - set(args.analyses)
-    same = {part for part in made if previous["settings"][part] == wanted["settings"].get(part)}
-    return made - set(args.analyses) | same
+    kept = made - set(args.analyses)
+    if args.compare:
+        kept |= {part for part in made if previous["settings"][part] == wanted["settings"].get(part)}
+    # CKA is of two models: another teacher ends it, none leaves it alone unless it is asked for
+    others = digest(previous, "teacher"), digest(wanted, "teacher")
+    if others[0] != others[1] and (others[1] is not None or "cka" in args.analyses):
+        kept.discard("cka")
+    return kept
 
 
 def _batches(

@@ -387,8 +387,8 @@ class EvaluationArguments(MeasurementArguments):
 
     baseline_model: str | None = key(
         None,
-        "Hub id or folder of the matched control, trained without a teacher: gives the gain over it, and with a teacher "
-        "the share of the gap that is closed.",
+        "Hub id or folder of the matched control, trained without a teacher: gives the gain over it and, beside a "
+        "teacher, how much of the gap is closed.",
     )
     teacher_assume_same_label_order: bool = key(
         False, "Trust that the teacher's classes are in the data set's order where its names cannot tell."

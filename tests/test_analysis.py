@@ -264,6 +264,17 @@ def test_parts_that_are_not_asked_for_are_kept_while_they_are_true(student, spli
     assert "hessian" not in measure(student, split, "cka", previous=first, max_images=12)
 
 
+def test_a_teacher_is_part_of_the_similarity_alone(student, cnn, split):
+    first = measure(student, split, "attention,cka", cnn)
+    later = measure(student, split, "hessian", previous=first)
+    assert later["cka"] is first["cka"]
+    assert later["teacher"] == first["teacher"]
+    other = measure(student, split, "hessian", student, previous=first)
+    assert "cka" not in other
+    assert other["attention"] is first["attention"]
+    assert len(measure(student, split, "cka", previous=first)["cka"]["matrices"]) == 1
+
+
 def test_the_table_shows_what_all_models_share(student, cnn, split):
     vit = measure(student, split, "attention,cka,hessian", max_probes=2)
     assert f"{vit['attention']['mean_distance']:.3f}" in analysis_table({"a": vit})
