@@ -18,8 +18,7 @@ from typing import Any
 
 from micro import ARMS, CONTROL, ROOT, STUDENTS
 
-from hf_ihb.plots import attention_map_plot, confusion_matrix_plot
-from hf_ihb.plots.overview import draw_analyses
+from hf_ihb.plots import attention_map_plot, confusion_matrix_plot, draw_analyses
 from hf_ihb.records import ANALYSIS_FILE, METRICS_FILE, read_json, write_json
 from hf_ihb.report import markdown_table
 
@@ -100,9 +99,7 @@ def main() -> None:
     parser.add_argument("--dataset_name", default="uoft-cs/cifar10", help="Hub id or folder of CIFAR-10.")
     parser.add_argument("--outputs", type=Path, default=Path("outputs/micro"), help="Where the runs are.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Of the runs.")
-    parser.add_argument(
-        "--hessian_seeds", type=int, nargs="*", default=[0], help="Those whose curvature is measured."
-    )
+    parser.add_argument("--hessian_seeds", type=int, nargs="*", default=[0], help="Those whose curvature is measured.")
     parser.add_argument("--max_images", type=int, default=10000, help="Test images for attention and CKA.")
     parser.add_argument("--hessian_images", type=int, default=256, help="Test images for the Hessian.")
     parser.add_argument("--max_probes", type=int, default=40, help="Of the Hessian's trace.")

@@ -19,6 +19,7 @@ from transformers import Pipeline, PreTrainedModel, pipeline
 from hf_ihb.data import ImageSplit
 from hf_ihb.errors import NumericsError, TeacherMismatchError
 from hf_ihb.metrics import Accuracy, TeacherFidelity, classification_metrics, decisions, needs_logits, paired_transfer
+from hf_ihb.models.features import size_arguments
 from hf_ihb.models.pretrained import Pretrained, label_permutation
 from hf_ihb.models.teacher import Teacher
 from hf_ihb.records import default_device, environment
@@ -254,7 +255,8 @@ def _model_reader(role: str, model: Pretrained, split: ImageSplit, device: torch
     order = slice(None) if order is None else order.to(device)
 
     def read(images: Tensor) -> dict[str, Tensor]:
-        outputs = network(pixel_values=model.pixels.apply(images))
+        pixels = model.pixels.apply(images)
+        outputs = network(pixel_values=pixels, **size_arguments(network, pixels))
         return {head: logits[:, order] for head, logits in _heads(outputs, network.config).items()}
 
     return read

@@ -13,7 +13,7 @@ from hf_ihb.analysis import analysis_table, analyze
 from hf_ihb.arguments import AnalysisArguments, DataArguments
 from hf_ihb.data import load_image_split
 from hf_ihb.models.pretrained import Pretrained, data_defaults, load_pretrained
-from hf_ihb.plots.overview import draw_analyses
+from hf_ihb.plots import draw_analyses
 from hf_ihb.recipe import parse_models
 from hf_ihb.records import ANALYSIS_FILE, default_device, output_folder, read_json, short_names, write_json
 from hf_ihb.run import run_script

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A teacher, a baseline and two distilled students on scikit-learn's digits, then one table. Needs no network.
+# A teacher, a baseline and two distilled students on scikit-learn's digits, what the teacher did to them, and one table.
+# Needs no network.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -13,4 +14,14 @@ run train.py teacher
 run train.py baseline
 run distill.py kd
 run distill.py cka
+
+student=outputs/quickstart/cka
+echo "== evaluate_model.py $student"
+"$python" scripts/evaluate_model.py $student --teacher_model outputs/quickstart/teacher \
+    --baseline_model outputs/quickstart/baseline --device cpu
+echo "== analyze.py --compare baseline kd cka"
+"$python" scripts/analyze.py --compare outputs/quickstart/{baseline,kd,cka} --teacher_model outputs/quickstart/teacher \
+    --hessian_images 64 --max_probes 16 --lanczos_steps 16 --lanczos_starts 1 \
+    --output_dir outputs/quickstart/comparison --device cpu
+
 "$python" scripts/summarize.py outputs/quickstart/{teacher,baseline,kd,cka}

@@ -491,7 +491,7 @@ def test_the_density_and_both_ends_of_the_spectrum_are_the_json(draw):
     assert bottom == pytest.approx(0.1 / (1000 * 0.01 * math.sqrt(2 * math.pi)))
     assert top == pytest.approx(3 * max(max(a["hessian"]["density"]["density"]) for a in analyses.values()))
     assert legend_of(figure) == ["student 0: trace 12.35 ± 0.68", "student 1: trace nan ± nan (not converged)"]
-    assert density.get_title() == "Eigenvalues of the Hessian of the loss cross_entropy"
+    assert density.get_title() == "Eigenvalues of the Hessian of the cross_entropy"
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,9 @@ Section = Mapping[str, Any]
 def attention_distance_plot(analyses: Analyses, path: str | Path) -> None:
     """Mean attention distance of each layer, a line a student and a band from its lowest to its highest head.
 
-    Beside it uniform attention and the same architectures untrained. Students of one grid are drawn in patches, and in
-    pixels where their patches are squares of one size; students of different grids in units of uniform attention.
+    Beside them uniform attention and the same architectures untrained; the bands of more than two students are drawn in
+    a panel each. Students of one grid are drawn in patches, and in pixels where their patches are squares of one size;
+    students of different grids in units of uniform attention.
 
     Args:
         analyses: Name of a student -> its analysis.
@@ -104,13 +105,13 @@ class _Untrained(NamedTuple):
 
 
 def _distinct_untrained(students: Mapping[str, Section]) -> list[_Untrained]:
-    """Students of one architecture and seed share an entry."""
+    """Students that start from the same weights share an entry."""
     found: list[tuple[Section, list[str]]] = []
     for name, student in students.items():
         if (section := student["untrained"]) is None:
             continue
         for other, members in found:
-            if _same_layers(section, other) and student["grid"] == students[members[0]]["grid"]:
+            if _same_layers(section, other):
                 members.append(name)
                 break
         else:

@@ -47,7 +47,7 @@ def eigenvalue_density_plot(analyses: Mapping[str, Mapping[str, Any]], path: str
         values = numbers(student["density"]["density"])
         values[~(values > 0)] = np.nan  # has no logarithm
         (line,) = density.plot(student["density"]["eigenvalues"], values, **{**looks[name], "marker": ""})
-        entries.append((line, names[name] + _summary(student, with_loss=False)))
+        entries.append((line, names[name] + _summary(student, with_loss=len(losses) > 1)))
         ends = numbers([student["smallest_eigenvalue"], student["largest_eigenvalue"]])
         extent.plot(ends, [i, i], **{**looks[name], **ticks})
         extent.annotate(
@@ -58,7 +58,7 @@ def eigenvalue_density_plot(analyses: Mapping[str, Mapping[str, Any]], path: str
     density.set_ylim(min(map(_single_eigenvalue, students.values())) / 10, highest * 3)
     _eigenvalue_scale(density, students)
     density.margins(x=0.07)  # room for the numbers
-    loss = f" of the loss {literal(losses.pop())}" if len(losses) == 1 else ""
+    loss = f" of the {literal(losses.pop())}" if len(losses) == 1 else ""
     density.set_title(f"Eigenvalues of the Hessian{loss}", fontsize=NORMAL + 1.5)
     density.set_ylabel("density (per unit of eigenvalue)", fontsize=NORMAL)
     extent.set(yticks=[], ylim=(len(students) - 0.4, -0.6))
