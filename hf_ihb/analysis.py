@@ -32,7 +32,6 @@ _THUMBNAIL_PX = 64
 _MAP_LAYERS = 4
 _PROBES_AT_ONCE = 8  # share a forward; measured 1.7 x as fast as one by one
 
-
 # What the numbers of each analysis depend on beside the model and the images.
 _SETTINGS = {
     "attention": ("untrained_reference", "num_maps"),
@@ -72,7 +71,8 @@ def analyze(
 
     Returns:
         ``model``, ``teacher``, ``data``, ``settings``, ``environment``, ``seconds``, and ``attention``, ``cka``,
-        ``hessian`` as far as they were asked for: dictionaries of plain numbers.
+        ``hessian`` as far as they were asked for or stand: dictionaries of plain numbers. The environment is that of
+        what was made last.
 
     Raises:
         ModelLoadError: If an analysis does not apply to the model, such as attention to a CNN.
@@ -96,7 +96,8 @@ def analyze(
         result[part] = previous[part]
     if "cka" in standing:
         result["teacher"] = previous["teacher"]
-    if standing == set(ANALYSES) & set(previous or {}) and standing >= set(args.analyses):
+    is_whole = standing == set(ANALYSES) & set(previous or {}) and "failed" not in (previous or {})
+    if is_whole and standing >= set(args.analyses):
         return previous  # with the environment that it was made in
     parts = {
         "attention": lambda: analyze_attention(subject, split, rows, args),

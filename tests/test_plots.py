@@ -271,8 +271,10 @@ def test_distance_lines_show_the_json_and_the_reference_its_uniform_value(draw):
     assert levels == [{UNIFORM[8, 8]}]
     assert legend_of(figure) == ["student 0", "student 1", "untrained", "uniform attention (4.14 patches)"]
     assert axis.get_ylabel() == "patches"
-    assert axis.get_ylim()[0] == 0
-    assert axis.get_ylim()[1] >= max(max(y) for _, y in drawn)
+    low, top = axis.get_ylim()
+    heads = [h for a in analyses.values() for layer in a["attention"]["layers"] for h in layer["distance_per_head"]]
+    assert low < min(heads)
+    assert top > max(*heads, UNIFORM[8, 8])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 9])
@@ -357,6 +359,19 @@ def test_statistics_show_the_json_and_uniform_attention(draw):
     assert legend_of(figure) == [*analyses, "uniform attention"]
 
 
+@pytest.mark.parametrize("plot", [attention_distance_plot, attention_statistics_plot])
+def test_differences_of_a_hundredth_are_drawn_small(draw, plot):
+    """Heads of equal distances: the axis keeps a tenth of its height around them."""
+    analyses = analyses_of(1)
+    for section in (analyses["student 0"]["attention"], analyses["student 0"]["attention"]["untrained"]):
+        for i, layer in enumerate(section["layers"]):
+            layer["distance"] = UNIFORM[8, 8] * (1 + 0.001 * (i % 2))
+            layer["distance_relative"] = layer["distance"] / UNIFORM[8, 8]
+            layer["distance_per_head"] = [layer["distance"]] * 2
+    low, top = draw(plot, analyses).axes[0].get_ylim()
+    assert top - low == pytest.approx(0.104 * top, rel=0.05)
+
+
 def test_a_student_without_a_cls_token_has_no_spread(draw):
     analyses = {**analyses_of(1), "without": {"attention": attention_of(1, has_cls=False)}}
     figure = draw(attention_statistics_plot, analyses)
@@ -427,7 +442,7 @@ def test_heatmaps_show_every_matrix_with_its_layers(draw, count, kernel):
         for side, drawn in (("columns", axis.xaxis), ("rows", axis.yaxis)):
             texts = [label.get_text() for label in drawn.get_ticklabels()]
             assert texts == [str(layer) for layer in matrix[side]["layers"]]
-            assert drawn.get_label_text() == f"layer of {matrix[side]['name']}"
+            assert drawn.get_label_text() == f"layer of {matrix[side]['name'].split('/')[-1]}"
         written = [text.get_text() for text in axis.texts]
         assert written == [f"{value:.2f}" for row in matrix[kernel] for value in row]
     assert bar.get_ylabel() == f"debiased CKA, {kernel} kernel"
@@ -457,10 +472,11 @@ def test_layers_are_thinned_and_values_left_out_of_large_matrices(draw):
         assert not axis.texts
 
 
-def test_a_matrix_is_titled_by_its_student_where_it_does_not_name_it(draw):
-    analyses = {"first": {"cka": cka_of(0, "hub/a")}, "hub/b": {"cka": cka_of(1, "hub/b", teacher=None)}}
-    axes = draw(cka_heatmaps, analyses).axes
-    assert [axis.get_title() for axis in axes[:3]] == ["first", "first", ""]
+def test_models_are_called_what_they_are_called_here_and_others_by_the_end_of_their_name(draw):
+    analyses = {"first": {"cka": cka_of(0, "hub/a", teacher="hub/t")}, "b": {"cka": cka_of(1, "c/b", teacher=None)}}
+    labels = [(axis.get_ylabel(), axis.get_xlabel()) for axis in draw(cka_heatmaps, analyses).axes[:3]]
+    first = "layer of first"
+    assert labels == [(first, first), (first, "layer of t"), ("layer of b", "layer of b")]
 
 
 def test_an_unknown_kernel_or_no_matrix_is_refused(tmp_path):

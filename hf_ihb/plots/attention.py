@@ -22,6 +22,7 @@ from hf_ihb.plots.style import (
     numbers,
     save,
     sections,
+    share_height,
     short_names,
 )
 
@@ -84,9 +85,7 @@ def attention_distance_plot(analyses: Analyses, path: str | Path) -> None:
         panels.append(panel)
     if panels:
         panels[0].set_ylabel("lowest to\nhighest head", fontsize=SMALL)
-    top = max(axis.get_ylim()[1] for axis in (main, *panels))
-    for axis in (main, *panels):
-        axis.set_ylim(0, top)
+    share_height([main, *panels])
     legend_below(figure, [*lines, *dashed, (uniform, uniform.get_label())])
     save(figure, path)
 
@@ -222,7 +221,7 @@ def attention_statistics_plot(analyses: Analyses, path: str | Path) -> None:
             entries[None] = axis.axhline(levels.pop(), color="black", linewidth=0.9)
         axis.set_title(statistic.title, fontsize=NORMAL + 1)
         axis.set_ylabel(statistic.unit, fontsize=NORMAL)
-        axis.set_ylim(bottom=0)
+        share_height([axis])
         layer_axis(axis)
         axis.tick_params(labelbottom=True)
     for axis in axes[len(shown) :]:

@@ -54,21 +54,20 @@ def cka_heatmaps(analyses: Mapping[str, Mapping[str, Any]], path: str | Path, ke
     columns = _panel_columns(len(matrices), len(analyses))
     rows = math.ceil(len(matrices) / columns)
     panel = min((WIDTH_INCHES - 0.75) / columns - 0.5, 5.0)  # beside it a colour bar and labels
-    titles = {name for name, matrix, _ in matrices if len(analyses) > 1 and name != matrix["rows"]["name"]}
-    figure = new_figure((panel + (0.7 if titles else 0.55)) * rows + 0.2, layout="compressed")
+    figure = new_figure((panel + 0.55) * rows + 0.2, layout="compressed")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    sides = [matrix[side]["name"] for _, matrix, _ in matrices for side in ("rows", "columns")]
-    names = short_names([*sides, *analyses], limit=math.floor(panel * 12))
+    sides = [(_side_name(name, matrix, "rows"), _side_name(name, matrix, "columns")) for name, matrix, _ in matrices]
+    names = short_names(dict.fromkeys(name for pair in sides for name in pair), limit=math.floor(panel * 12))
+    widest = max(values.shape[1] for *_, values in matrices)
     norm = Normalize(min(0.0, *(np.nanmin(values, initial=0.0) for *_, values in matrices)), 1.0)
-    for axis, (name, matrix, values) in zip(axes, matrices, strict=False):
+    for axis, (_, matrix, values), (row_name, column_name) in zip(axes, matrices, sides, strict=False):
         image = _heatmap(axis, values, norm, "viridis", origin="lower")
         axis.set_box_aspect(1)
-        _label_layers(axis.xaxis, matrix["columns"], names, panel)
-        _label_layers(axis.yaxis, matrix["rows"], names, panel)
-        if name in titles:
-            axis.set_title(names[name], fontsize=SMALL)
+        _label_layers(axis.xaxis, matrix["columns"]["layers"], names[column_name], panel)
+        _label_layers(axis.yaxis, matrix["rows"]["layers"], names[row_name], panel)
         if max(values.shape) <= _CKA_TEXT:
-            _write_cells(axis, image, values, lambda i, j, values=values: f"{values[i, j]:.2f}", panel)
+            cell = panel / min(widest, _CKA_TEXT)
+            _write_cells(axis, image, values, lambda i, j, values=values: f"{values[i, j]:.2f}", cell)
     for axis in axes[len(matrices) :]:
         axis.set_visible(False)
     undefined = "; grey: undefined" if any(np.isnan(values).any() for *_, values in matrices) else ""
@@ -78,11 +77,16 @@ def cka_heatmaps(analyses: Mapping[str, Mapping[str, Any]], path: str | Path, ke
     save(figure, path)
 
 
-def _label_layers(axis: Axis, side: Mapping[str, Any], names: Mapping[str, str], panel_inches: float) -> None:
-    layers = side["layers"]
+def _side_name(student: str, matrix: Mapping[str, Any], side: str) -> str:
+    """A student is called what its analysis is called here, another model by the end of its path or Hub id."""
+    name = matrix[side]["name"]
+    return student if name == matrix["rows"]["name"] else name.rstrip("/").rpartition("/")[2]
+
+
+def _label_layers(axis: Axis, layers: Sequence[int], name: str, panel_inches: float) -> None:
     step = math.ceil(len(layers) / (4.5 * panel_inches))
     axis.set_ticks(range(0, len(layers), step), layers[::step], fontsize=SMALL)
-    axis.set_label_text(f"layer of {names[side['name']]}", fontsize=SMALL)
+    axis.set_label_text(f"layer of {name}", fontsize=SMALL)
 
 
 def _cka_values(name: str, matrix: Mapping[str, Any], kernel: str) -> np.ndarray:
@@ -130,7 +134,7 @@ def confusion_matrix_plot(confusion: Sequence[Sequence[int]], label_names: Seque
     axis.set_xlabel("predicted class", fontsize=NORMAL)
     axis.set_ylabel("true class", fontsize=NORMAL)
     if classes <= _CONFUSION_TEXT:
-        _write_cells(axis, image, shares, lambda i, j: f"{counts[i, j]:.0f}", _CONFUSION_INCHES)
+        _write_cells(axis, image, shares, lambda i, j: f"{counts[i, j]:.0f}", _CONFUSION_INCHES / classes)
     note = "" if np.isfinite(shares).all() else "; grey: no image of the class"
     bar = figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02)
     bar.set_label(f"share of the true class, square-root scale{note}", fontsize=NORMAL)
@@ -148,10 +152,10 @@ def _heatmap(axis: Axes, values: np.ndarray, norm: Normalize, cmap: str, origin:
 
 
 def _write_cells(
-    axis: Axes, image: AxesImage, values: np.ndarray, text: Callable[[int, int], str], width_inches: float
+    axis: Axes, image: AxesImage, values: np.ndarray, text: Callable[[int, int], str], cell_inches: float
 ) -> None:
     """Text in black or white, whichever stands out from the cell, as large as fits."""
-    cell_points = 72 * width_inches / values.shape[1]
+    cell_points = 72 * cell_inches
     for i, j in np.argwhere(np.isfinite(values)):
         red, green, blue, _ = image.cmap(image.norm(values[i, j]))
         color = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"

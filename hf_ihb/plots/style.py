@@ -98,6 +98,15 @@ def layer_axis(axis: Axes, label: bool = True, most_ticks: int = 8) -> None:
         axis.set_xlabel("layer (0 = first block)", fontsize=NORMAL)
 
 
+def share_height(axes: Sequence[Axes]) -> None:
+    """One y range that fits what all of them show, at least a tenth of its top: noise should not look like much."""
+    limits = [axis.get_ylim() for axis in axes]
+    low, top = min(bottom for bottom, _ in limits), max(top for _, top in limits)
+    middle, half = (low + top) / 2, max(top - low, 0.1 * top) / 2
+    for axis in axes:
+        axis.set_ylim(middle - 1.04 * half, middle + 1.04 * half)  # no reference line on the frame
+
+
 def legend_below(figure: Figure, entries: Sequence[tuple[Artist, str]]) -> None:
     """One legend for the figure, in as many columns as its width holds."""
     handles, labels = zip(*entries, strict=True)
