@@ -134,11 +134,12 @@ def main() -> None:
         confusion_matrix_plot(head["confusion_matrix"], names, target / f"confusion_matrix_{name}.png")
     first = analyses[CONTROL, shown]
     where, seeds = first["environment"], ", ".join(map(str, args.seeds))
+    made = sorted({run["environment"]["commit"] for run in (*metrics.values(), *analyses.values())})
     text = [
         f"# What the teachers did to the micro students, {day}",
         "",
-        f"{where['device']}, {where['cpu_threads']} thread(s); commit {where['commit']} (the students: see the micro "
-        f"results). Data: `{first['data']['name']}`, test split. Mean and standard deviation over seeds {seeds}.",
+        f"{where['device']}, {where['cpu_threads']} thread(s); commits {', '.join(made)} (the students: see the "
+        f"micro results). Data: `{first['data']['name']}`, test split. Mean and standard deviation over seeds {seeds}.",
         "",
         "## Evaluation",
         "",

@@ -133,7 +133,7 @@ def output_folder(output_dir: str | None, model: str) -> Path:
     return folder
 
 
-def short_names(names: Sequence[str]) -> list[str]:
+def distinct_names(names: Sequence[str]) -> list[str]:
     """The shortest ends of paths that tell them apart: ``out/a/cka`` and ``out/b/cka`` are ``a/cka`` and ``b/cka``.
 
     Raises:

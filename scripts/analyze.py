@@ -15,7 +15,7 @@ from hf_ihb.data import load_image_split
 from hf_ihb.models.pretrained import Pretrained, data_defaults, load_pretrained
 from hf_ihb.plots import draw_analyses
 from hf_ihb.recipe import parse_models
-from hf_ihb.records import ANALYSIS_FILE, default_device, output_folder, read_json, short_names, write_json
+from hf_ihb.records import ANALYSIS_FILE, default_device, distinct_names, output_folder, read_json, write_json
 from hf_ihb.run import run_script
 
 
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     names = [model, *args.compare] if model else args.compare
     together = output_folder(args.output_dir or "outputs/comparison", "")
     subjects, folders = {}, {}
-    for name, short in zip(names, short_names(names), strict=True):
+    for name, short in zip(names, distinct_names(names), strict=True):
         folders[short] = output_folder(None if args.compare else args.output_dir, name)
         revision = args.model_revision if name == model else None
         subjects[short] = load_pretrained(name, revision, needs_logits=None)

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from hf_ihb.errors import DataError, RecipeError
-from hf_ihb.records import output_folder, read_json, short_names, write_json
+from hf_ihb.records import distinct_names, output_folder, read_json, write_json
 
 CONTENT = {
     "empty": {},
@@ -60,12 +60,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     ],
 )
 def test_names_are_as_short_as_they_can_be_told_apart(names, short):
-    assert short_names(names) == short
+    assert distinct_names(names) == short
 
 
 def test_the_same_model_twice_is_refused():
     with pytest.raises(DataError, match="found a/b twice"):
-        short_names(["a/b", "c", "a/b"])
+        distinct_names(["a/b", "c", "a/b"])
 
 
 def test_results_go_beside_a_folder_and_to_outputs_for_the_hub(tmp_path):

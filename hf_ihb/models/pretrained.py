@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -188,6 +188,8 @@ def data_defaults(name: str, revision: str | None = None) -> dict[str, Any]:
         saved = json.loads(path.read_text("utf-8"))["keys"] if path.is_file() else {}
     except EntryNotFoundError:  # no such file, or offline and never fetched
         return {}
+    except HFValidationError as error:
+        raise ModelLoadError(f"model '{name}': expected a folder or a Hub id, found neither") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelLoadError(f"model '{name}': its recipe.json could not be read: {reason}") from error

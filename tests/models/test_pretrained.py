@@ -103,6 +103,11 @@ def test_a_recipe_that_cannot_be_read_is_refused(content, classifier, tmp_path):
         data_defaults(classifier)
 
 
+def test_a_name_that_is_neither_a_folder_nor_a_hub_id_is_said_to_be_so():
+    with pytest.raises(ModelLoadError, match="model 'no/such/folder': expected a folder or a Hub id, found neither"):
+        data_defaults("no/such/folder")
+
+
 def test_classes_are_matched_by_name():
     config = ViTConfig(id2label={0: "Night_Owl", 1: "cat", 2: "dog"})
     permutation = label_permutation(config, NAMES, "model 'm'")
