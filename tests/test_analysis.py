@@ -180,6 +180,14 @@ def test_the_hessian_is_that_of_the_mean_loss(student, split):
     assert area == pytest.approx(1, abs=1e-3)
 
 
+def test_each_end_of_the_spectrum_is_the_furthest_of_all_starts(student, split):
+    found = measure(student, split, "hessian", lanczos_steps=3, lanczos_starts=4)["hessian"]
+    assert len(found["nodes"]) == 4
+    assert found["smallest_eigenvalue"] == min(map(min, found["nodes"]))
+    assert found["largest_eigenvalue"] == max(map(max, found["nodes"]))
+    assert found["smallest_residual"] > 0 < found["largest_residual"]
+
+
 def test_the_order_of_a_models_classes_does_not_matter(student, split):
     order = [2, 0, 1]
     names = [NAMES[i] for i in order]

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
-from hf_ihb.models.features import FeatureMap, extract_features, final_norm
+from hf_ihb.models.features import FeatureMap, extract_features, final_norm, size_arguments
 from hf_ihb.models.processing import PixelFormat, pixel_format, student_processor
 
 SHAPE = {"image_size": 32, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3}
@@ -262,3 +262,16 @@ def test_the_size_is_the_one_the_model_sees(processor, size):
 
 def test_every_cifar_resnet_is_known_to_timm():
     assert {"resnet18_cifar", "resnet18_cifar_w16"} <= set(timm.list_models("*_cifar*"))
+
+
+def test_a_vit_is_told_of_images_of_another_size_and_of_no_others(generator):
+    config = {"patch_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = ViTForImageClassification(ViTConfig(image_size=32, **config)).eval()
+    for px, tokens in ((32, 17), (16, 5)):
+        pixels = torch.randn(1, 3, px, px, generator=generator)
+        kwargs = size_arguments(model, pixels)
+        assert kwargs == ({} if px == 32 else {"interpolate_pos_encoding": True})
+        _, (found,) = extract_features(model, pixels, None, **kwargs)
+        assert found.tokens.shape == (1, tokens, 8)
+    cnn = ResNetForImageClassification(ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic"))
+    assert size_arguments(cnn, torch.zeros(1, 3, 16, 16)) == {}
