@@ -2,6 +2,7 @@
 
 import copy
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -208,11 +209,11 @@ def _add_batch(model: Any, pixels: Tensor, accumulator: AttentionAccumulator) ->
 def _attention_maps(
     subject: Pretrained, split: ImageSplit, rows: Tensor, args: AnalysisArguments, num_layers: int, has_cls: bool
 ) -> list[dict[str, Any]]:
-    """Where a few images, spread over the split, are looked at, in layers spread over the depth."""
+    """Where images of different classes are looked at, in layers spread over the depth."""
     count = min(args.num_maps, len(rows))
     if count == 0:
         return []
-    some = rows[torch.linspace(0, len(rows) - 1, count).long()]
+    some = rows[_one_of_each_class(split.labels[rows])[:count]]
     chosen = sorted({round(i) for i in torch.linspace(0, num_layers - 1, min(_MAP_LAYERS, num_layers)).tolist()})
     pixels, labels = next(_batches(subject, split, some, count))
     maps = cls_attention_maps(subject.model, pixels, **size_arguments(subject.model, pixels))
@@ -232,6 +233,16 @@ def _attention_maps(
         }
         for i in range(count)
     ]
+
+
+def _one_of_each_class(labels: Tensor) -> list[int]:
+    """Positions of the first image of every class, then of the second of every class, and so on."""
+    seen: Counter[int] = Counter()
+    turns = []
+    for label in labels.tolist():
+        turns.append((seen[label], label))
+        seen[label] += 1
+    return sorted(range(len(turns)), key=turns.__getitem__)
 
 
 # ---- CKA ----
