@@ -3,8 +3,8 @@
 python benchmarks/analysis_memory.py --dataset_name DATASET [--images 1000 10000] [--batch_size 256]
 
 Every row is a process of its own that decodes the whole test split and then analyses a part of it; the peak is that of
-the analysis alone, over what the process held before. Linux only: the peak is read from, and reset in, /proc. Blocks of a
-megabyte and more go back to the system when they are freed (glibc's fixed mmap threshold): the peak is then what is
+the analysis alone, over what the process held before. Linux only: the peak is read from, and reset in, /proc. Blocks of
+a megabyte and more go back to the system when they are freed (glibc's fixed mmap threshold): the peak is then what is
 held at once, and not how the heap happens to be cut up.
 """
 
