@@ -181,11 +181,13 @@ def main() -> None:
 
 
 def _without_pictures(analysis: dict[str, Any]) -> dict[str, Any]:
-    """An analysis without what can be large: the images shown, their maps, the choice of images."""
-    small = dict(analysis)
-    small["attention"] = {key: value for key, value in analysis["attention"].items() if key != "maps"}
-    small["data"] = {key: value for key, value in analysis["data"].items() if key != "indices"}
-    return small
+    """An analysis without what is large: images and their maps, their indices, the untrained twin, the drawn density."""
+    large = {"attention": ("maps", "untrained"), "data": ("indices",), "hessian": ("density",)}
+    return analysis | {
+        section: {key: value for key, value in analysis[section].items() if key not in left_out}
+        for section, left_out in large.items()
+        if section in analysis
+    }
 
 
 if __name__ == "__main__":
