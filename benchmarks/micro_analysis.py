@@ -19,7 +19,7 @@ from typing import Any
 from micro import ARMS, CONTROL, ROOT, STUDENTS
 
 from hf_ihb.plots import attention_map_plot, confusion_matrix_plot, draw_analyses
-from hf_ihb.records import ANALYSIS_FILE, METRICS_FILE, read_json, write_json
+from hf_ihb.records import COMPARISON_FILE, METRICS_FILE, read_json, write_json
 from hf_ihb.report import markdown_table
 
 REFERENCE = "resnet18"
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--lanczos_steps", type=int, default=30, help="Of the Hessian's spectrum.")
     args = parser.parse_args()
 
-    commands, metrics, analyses = [], {}, {}
+    commands, metrics, analyses, side_by_side = [], {}, {}, {}
     for seed in args.seeds:
         base = args.outputs / f"seed-{seed}"
         commands += [evaluate(base / name, args.dataset_name) for name in ARMS]
@@ -117,18 +117,18 @@ def main() -> None:
         words += ["--metrics", "attention,cka,hessian" if seed in args.hessian_seeds else "attention,cka"]
         words += ["--hessian_images", str(args.hessian_images), "--max_probes", str(args.max_probes)]
         words += ["--lanczos_steps", str(args.lanczos_steps), "--lanczos_starts", "1"]
-        commands.append(run(words, ROOT / folder / "comparison.json"))
+        commands.append(run(words, ROOT / folder / COMPARISON_FILE))
         metrics |= {(name, seed): read_json(ROOT / base / name / METRICS_FILE) for name in ARMS}
-        analyses |= {(name, seed): read_json(ROOT / base / name / ANALYSIS_FILE) for name in STUDENTS}
+        side_by_side[seed] = read_json(ROOT / folder / COMPARISON_FILE)
+        analyses |= {(name, seed): side_by_side[seed][name] for name in STUDENTS}
 
     day = datetime.date.today().isoformat()
     target = ROOT / "benchmarks" / "results" / f"{day}-micro-analysis"
     target.mkdir(parents=True, exist_ok=True)
     shown = args.hessian_seeds[0] if args.hessian_seeds else args.seeds[0]
-    side_by_side = read_json(ROOT / args.outputs / f"seed-{shown}" / "comparison" / "comparison.json")
-    draw_analyses(side_by_side, target)
+    draw_analyses(side_by_side[shown], target)
     for name in ("cka", CONTROL):
-        attention_map_plot(side_by_side[name], target / f"attention_maps_{name}.png")
+        attention_map_plot(side_by_side[shown][name], target / f"attention_maps_{name}.png")
         head = next(iter(metrics[name, shown]["heads"].values()))
         names = metrics[name, shown]["data"]["label_names"]
         confusion_matrix_plot(head["confusion_matrix"], names, target / f"confusion_matrix_{name}.png")
@@ -181,7 +181,7 @@ def main() -> None:
 
 
 def _without_pictures(analysis: dict[str, Any]) -> dict[str, Any]:
-    """An analysis without what is large: images and their maps, their indices, the untrained twin, the drawn density."""
+    """An analysis without what is large: images, maps and indices, the untrained twin, the drawn density."""
     large = {"attention": ("maps", "untrained"), "data": ("indices",), "hessian": ("density",)}
     return analysis | {
         section: {key: value for key, value in analysis[section].items() if key not in left_out}

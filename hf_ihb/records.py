@@ -16,6 +16,7 @@ from hf_ihb.errors import DataError, RecipeError
 
 RECIPE_FILE, HISTORY_FILE, EVALUATION_FILE = "recipe.json", "training_history.json", "evaluation.json"
 METRICS_FILE, ANALYSIS_FILE, PLOTS_FOLDER = "metrics.json", "analysis.json", "plots"
+COMPARISON_FILE = "comparison.json"
 PLOTS = tuple(
     f"{PLOTS_FOLDER}/{name}.png"
     for name in (

@@ -3,8 +3,9 @@
 python scripts/analyze.py outputs/cka [--teacher_model facebook/dinov2-small] [--metrics attention,cka,hessian]
 python scripts/analyze.py --compare outputs/ce_only outputs/cka outputs/gram [--output_dir outputs/comparison]
 
-Writes analysis.json and plots/ into the model's folder (a model of the Hub: outputs/<name>; or --output_dir). The data
-set is that of the recipe beside the (first) model, unless it is given.
+Writes analysis.json and plots/ into the model's folder (a model of the Hub: outputs/<name>; or --output_dir). Comparing
+writes comparison.json and plots/ into --output_dir alone, and reads what the models' folders hold where it fits. The
+data set is that of the recipe beside the (first) model, unless it is given.
 """
 
 from typing import Any
@@ -15,47 +16,52 @@ from hf_ihb.data import load_image_split
 from hf_ihb.models.pretrained import Pretrained, data_defaults, load_pretrained
 from hf_ihb.plots import draw_analyses
 from hf_ihb.recipe import parse_models
-from hf_ihb.records import ANALYSIS_FILE, default_device, distinct_names, output_folder, read_json, write_json
+from hf_ihb.records import (
+    ANALYSIS_FILE,
+    COMPARISON_FILE,
+    PLOTS_FOLDER,
+    default_device,
+    distinct_names,
+    output_folder,
+    read_json,
+    write_json,
+)
 from hf_ihb.run import run_script
 
 
 def main(argv: list[str]) -> None:
-    """Model(s) -> analysis.json and plots."""
+    """Model(s) -> JSON and plots."""
     model, data_args, args = parse_models(
         argv, DataArguments, AnalysisArguments, defaults=data_defaults, description=__doc__
     )
     names = [model, *args.compare] if model else args.compare
-    together = output_folder(args.output_dir or "outputs/comparison", "")
-    subjects, folders = {}, {}
-    for name, short in zip(names, distinct_names(names), strict=True):
-        folders[short] = output_folder(None if args.compare else args.output_dir, name)
-        revision = args.model_revision if name == model else None
-        subjects[short] = load_pretrained(name, revision, needs_logits=None)
+    output_dir = (args.output_dir or "outputs/comparison") if args.compare else args.output_dir
+    folder = output_folder(output_dir, names[0])
+    file = folder / (COMPARISON_FILE if args.compare else ANALYSIS_FILE)
+    subjects = {
+        short: load_pretrained(name, args.model_revision if name == model else None, needs_logits=None)
+        for name, short in zip(names, distinct_names(names), strict=True)
+    }
     teacher = _teacher(args)
     device = default_device(args.device)
     split, revision = load_image_split(data_args, args.split)
     data = {"name": data_args.dataset_name, "revision": revision}
 
+    folder.mkdir(parents=True, exist_ok=True)
+    found = read_json(file) if file.is_file() else {}
     analyses: dict[str, Any] = {}
     for short, subject in subjects.items():
-        folder, path = folders[short], folders[short] / ANALYSIS_FILE
-        folder.mkdir(parents=True, exist_ok=True)
-        analyses[short] = analyze(
-            subject.to(device),
-            split,
-            args,
-            data=data,
-            teacher=teacher and teacher.to(device),
-            previous=read_json(path) if path.is_file() else None,
-            keep=lambda result, path=path: write_json(path, result),
-        )
-        draw_analyses({short: read_json(path)}, folder / "plots")
+
+        def keep(result: dict[str, Any], short: str = short) -> None:
+            analyses[short] = result
+            write_json(file, analyses if args.compare else result)
+
+        own = output_folder(None, subject.name) / ANALYSIS_FILE
+        earlier = (read_json(own) if own.is_file() else found.get(short)) if args.compare else found
+        teacher = teacher and teacher.to(device)
+        keep(analyze(subject.to(device), split, args, data=data, teacher=teacher, previous=earlier, keep=keep))
+    draw_analyses(read_json(file) if args.compare else {short: read_json(file)}, folder / PLOTS_FOLDER)
     print(analysis_table(analyses))
-    if args.compare:
-        folder = together
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "comparison.json", analyses)
-        draw_analyses(read_json(folder / "comparison.json"), folder / "plots")
     print(f"numbers and plots are in {folder}")
 
 

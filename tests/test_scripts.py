@@ -194,15 +194,24 @@ def test_students_are_put_side_by_side_and_what_is_known_is_read(script, tmp_pat
         assert script("train.py", STUDENT, "--output_dir", f"s{seed}/run", "--seed", seed).code == 0
     metrics = ["--metrics", "attention", "--num_maps", "0"]
     assert script("analyze.py", None, "s1/run", *QUICK, *metrics).code == 0
-    before = read(tmp_path / "s1" / "run" / "analysis.json")
-    done = script("analyze.py", None, "--compare", "s1/run", "s2/run", *QUICK, *metrics)
+    own = tmp_path / "s1" / "run" / "analysis.json"
+    before = read(own)
+    compare = ["--compare", "s1/run", "s2/run", *QUICK, *metrics]
+    done = script("analyze.py", None, *compare)
     assert done.code == 0, done.stderr
-    side_by_side = read(tmp_path / "outputs" / "comparison" / "comparison.json")
+    together = tmp_path / "outputs" / "comparison"
+    side_by_side = read(together / "comparison.json")
     assert list(side_by_side) == ["s1/run", "s2/run"]
     assert side_by_side["s1/run"] == before
-    assert side_by_side["s2/run"] == read(tmp_path / "s2" / "run" / "analysis.json")
-    assert (tmp_path / "outputs" / "comparison" / "plots" / "attention_distance.png").is_file()
+    assert (together / "plots" / "attention_distance.png").is_file()
     assert all(f"| {name} |" in done.stdout for name in side_by_side)
+    # what was made for the comparison is read when it is made again, and the models' own files are left alone
+    side_by_side["s2/run"]["attention"]["mean_distance"] = 42.0
+    (together / "comparison.json").write_text(json.dumps(side_by_side))
+    assert "42.000" in script("analyze.py", None, *compare).stdout
+    assert "42.000" not in script("analyze.py", None, *compare, "--max_images", "30").stdout
+    assert read(own) == before
+    assert not (tmp_path / "s2" / "run" / "analysis.json").exists()
 
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
