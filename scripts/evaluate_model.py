@@ -15,7 +15,7 @@ from hf_ihb.models.pretrained import data_defaults, load_pretrained
 from hf_ihb.models.teacher import Teacher, load_teacher
 from hf_ihb.plots import confusion_matrix_plot
 from hf_ihb.recipe import parse_models
-from hf_ihb.records import METRICS_FILE, output_folder, write_json
+from hf_ihb.records import METRICS_FILE, PLOTS_FOLDER, output_folder, write_json
 from hf_ihb.run import run_script
 
 
@@ -44,10 +44,10 @@ def main(argv: list[str]) -> None:
         device=args.device,
         data={"name": data_args.dataset_name, "revision": revision, "split": args.split},
     )
-    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    (folder / PLOTS_FOLDER).mkdir(parents=True, exist_ok=True)
     write_json(folder / METRICS_FILE, results)
     confusion = next(iter(results["heads"].values()))["confusion_matrix"]
-    confusion_matrix_plot(confusion, split.label_names, folder / "plots" / "confusion_matrix.png")
+    confusion_matrix_plot(confusion, split.label_names, folder / PLOTS_FOLDER / "confusion_matrix.png")
     print(metrics_table(results))
     print(f"\n{len(split):,} images ({args.split}) of {data_args.dataset_name}; results are in {folder}")
 
