@@ -121,11 +121,17 @@ class _Checked:
 
 @dataclass
 class RunArguments(_Checked):
-    """What may happen to the run folder."""
+    """What may happen to the run folder, and what its model card says."""
 
     _argument_group_name = "run"
 
     overwrite_output_dir: bool = key(False, "Replace an earlier run of ours in output_dir (checkpoints included).")
+    license: str = key("apache-2.0", "License of the trained model, by the Hub's identifier, for its card.")
+    baseline_model: str | None = key(
+        None,
+        "Hub id or folder of the matched control, trained without a teacher; with push_to_hub the card shows the gain "
+        "over it.",
+    )
 
 
 @dataclass
@@ -444,6 +450,25 @@ class AnalysisArguments(MeasurementArguments):
         """Which analyses, in the order they are made."""
         asked = [name.strip() for name in self.metrics.split(",")]
         return sorted(asked, key=lambda name: ANALYSES.index(name) if name in ANALYSES else 0)
+
+
+@dataclass
+class PublishArguments(_Checked):
+    """Where a finished run goes on the Hub."""
+
+    _argument_group_name = "publishing"
+
+    hub_model_id: str | None = key(None, "Repo to push to, such as me/deit-tiny-cka; made where there is none.")
+    private: bool | None = key(
+        None, "Make the repo private when it is made; the owner's default if not given. An existing one stays as it is."
+    )
+    revision: str | None = key(None, "Branch to push to, made where there is none; the main branch if not given.")
+    create_pr: bool = key(False, "Open a pull request instead of committing to the branch.")
+    commit_message: str = key("Student, card and evidence", "Message of the commit.")
+    dry_run: bool = key(False, "Render everything into a folder, print what would be pushed, and send nothing.")
+    output_dir: str | None = key(None, "Folder of a dry run; RUN/hub if not given.")
+    license: str | None = key(None, "License of the model, by the Hub's identifier; the run's if not given.")
+    overwrite: bool = key(False, "Push into a repo that holds something other than a run of ours.")
 
 
 @dataclass

@@ -41,3 +41,9 @@ class CheckpointError(HfIhbError):
     """A checkpoint that is missing, incomplete or does not match the model."""
 
     exit_code = 4
+
+
+class HubPushError(HfIhbError):
+    """A push to the Hub that failed; what was to be pushed is still where it was."""
+
+    exit_code = 5

@@ -11,11 +11,12 @@ PACKAGE = Path(hf_ihb.__file__).parent
 # A name stands for a module, or for every module of a folder.
 LAYERS = (
     {"errors"},
-    {"functional", "arguments", "plots"},
-    {"recipe", "data", "models", "losses", "metrics", "checkpoint", "model_card", "views", "records", "report"},
+    {"functional", "arguments", "plots", "records", "report", "access", "redaction"},
+    {"recipe", "data", "models", "losses", "metrics", "checkpoint", "model_card", "views"},
     {"teacher_cache", "hub"},
     {"trainer"},
-    {"run", "evaluation", "analysis"},
+    {"evaluation", "analysis"},
+    {"run"},
 )
 
 
