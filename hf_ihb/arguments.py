@@ -1,12 +1,13 @@
 """Every key of a recipe: dataclasses with a help text, a unit and a range for each key of ours."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,21 @@ def out_of_range(dataclass_type: type, name: str, value: Any) -> Range | None:
 
 def published_flaws(instances: Iterable[Any]) -> list[str]:
     """One line for each key whose value repeats a flaw of the published study."""
-    found = []
-    for instance in instances:
-        for f in fields(instance):
-            value = getattr(instance, f.name)
-            for flawed, reason in f.metadata.get("published", {}).items():
-                if value == flawed:
-                    found.append(f"{f.name}={flawed} repeats a flaw of the published study: {reason}")
-    return found
+    return [
+        f"{name}={value} repeats a flaw of the published study: {reason}"
+        for instance in instances
+        for name, value, reason in flaws_among(type(instance), vars(instance))
+    ]
+
+
+def flaws_among(dataclass_type: type, values: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
+    """Name, value and what is wrong, of each key of a dataclass that repeats a flaw of the published study."""
+    return [
+        (f.name, values[f.name], reason)
+        for f in fields(dataclass_type)
+        for flawed, reason in f.metadata.get("published", {}).items()
+        if values.get(f.name) == flawed
+    ]
 
 
 class _Checked:
@@ -541,6 +549,11 @@ class SupervisedTrainingArguments(_Checked, TrainingArguments):
             raise ValueError(
                 "key 'early_stopping_patience': expected 'eval_strategy' and 'metric_for_best_model' with it, found "
                 f"{self.eval_strategy} and {self.metric_for_best_model}"
+            )
+        if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                "key 'hub_strategy': expected 'end' or 'every_save', found "
+                f"'{HubStrategy(self.hub_strategy).value}': the optimizer's state in a checkpoint is never pushed"
             )
         # ranks are given different seeds for drop path; the order of the data must not follow them
         if self.data_seed is None:

@@ -11,6 +11,9 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from datasets.naming import camelcase_to_snakecase
+from datasets.packaged_modules.cache.cache import Cache
+from huggingface_hub import constants
 from PIL import Image, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -18,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import default_data_collator
 
+from hf_ihb.access import HUB_ERRORS, explain, is_local, is_offline, resolve_commit
 from hf_ihb.arguments import DataArguments
 from hf_ihb.errors import DataError, RecipeError
 
@@ -25,6 +29,8 @@ DIGITS = "sklearn:digits"
 MAX_PIXELS = 1 << 26
 _IS_WORKER = os.environ.get("LOCAL_RANK", "0") != "0"  # one progress bar a machine
 _PIL_MODES = {"rgb": "RGB", "grayscale": "L"}
+# What reading a data set of any content makes libraries raise.
+_UNREADABLE = (*HUB_ERRORS, RuntimeError, TypeError, LookupError, datasets.exceptions.DatasetsError)
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 
 
@@ -225,37 +231,75 @@ def _decode_splits(
     size = (args.image_size, args.image_size) if args.image_size else None
     if size is None and reference not in wanted.values():  # every split gets the size of the first image of `reference`
         first = splits[reference].select([0]).cast_column(image_column, datasets.Image(decode=False))[0]
-        image = _open(
-            first[image_column], _PIL_MODES[args.color_mode], f"{args.dataset_name}, split '{reference}', row 0"
-        )
+        where = f"{args.dataset_name}, split '{reference}', row 0"
+        image = _open(first[image_column], _PIL_MODES[args.color_mode], where, is_local(args.dataset_name))
         size = (image.height, image.width)
     decoded = {}
     for key, split in wanted.items():
         where = f"{args.dataset_name}, split '{split}'"
         labels = _labels(splits[split][label_column], names, where)
-        images = _decode(splits[split], image_column, size, _PIL_MODES[args.color_mode], where)
+        mode, local = _PIL_MODES[args.color_mode], is_local(args.dataset_name)
+        images = _decode(splits[split], image_column, size, mode, where, local)
         size = tuple(images.shape[-2:])
         decoded[key] = ImageSplit(images, labels, names)
     return decoded
 
 
 def _fetch(args: DataArguments) -> tuple[datasets.DatasetDict, str | None]:
+    """Every split, and the commit of the Hub that all of it is of."""
     name = args.dataset_name
-    local = Path(name).expanduser().exists()
+    commit = resolve_commit(name, args.dataset_revision, repo_type="dataset", what="data set")
     try:
-        splits = datasets.load_dataset(
-            str(Path(name).expanduser()) if local else name,
-            args.dataset_config_name,
-            revision=None if local else args.dataset_revision,
-        )
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        kind = "folder" if local else "Hub data set"
-        raise DataError(f"{kind} '{name}' could not be loaded: {' '.join(str(error).split())[:300]}") from error
+        if commit is None:
+            splits = datasets.load_dataset(str(Path(name).expanduser()), args.dataset_config_name)
+        else:
+            splits = _prepared(args, commit) if is_offline("dataset") else _downloaded(args, commit)
+    except _UNREADABLE as error:
+        if commit is None:
+            reason = " ".join(str(error).split())[:300]
+            raise DataError(f"folder '{name}' could not be loaded: {reason}") from error
+        raise DataError(explain(error, "data set", name, commit)) from error
     if not isinstance(splits, datasets.DatasetDict):
         raise DataError(f"{name}: expected a data set with splits, found {type(splits).__name__}")
-    checksums = next(iter(splits.values())).info.download_checksums or {}
-    commits = {part.split("@")[1].split("/")[0] for part in checksums if part.startswith("hf://") and "@" in part}
-    return splits, commits.pop() if len(commits) == 1 else None
+    return splits, commit
+
+
+def _downloaded(args: DataArguments, commit: str) -> datasets.DatasetDict:
+    """The splits at a commit, from the repo's own files alone."""
+    builder = datasets.load_dataset_builder(args.dataset_name, args.dataset_config_name, revision=commit)
+    if isinstance(builder, Cache):  # the Hub fell silent, and `datasets` went on with whatever commit it has last seen
+        return _prepared(args, commit)
+    own = f"hf://datasets/{args.dataset_name}@{commit}/"
+    files = builder.config.data_files or {}
+    if foreign := [file for part in files.values() for file in part if not file.startswith(own)]:
+        raise DataError(f"data set '{args.dataset_name}': expected files of its repo alone, found '{foreign[0]}'")
+    builder.download_and_prepare()
+    return builder.as_dataset()
+
+
+def _prepared(args: DataArguments, commit: str) -> datasets.DatasetDict:
+    """The splits that `datasets` has in its cache of a commit; by itself it would take the newest of any commit."""
+    name = args.dataset_name
+    namespace, _, short = name.rpartition("/")
+    folder = "___".join(filter(None, (namespace, camelcase_to_snakecase(short))))
+    ready = Path(datasets.config.HF_DATASETS_CACHE, folder).glob(f"*/*/{commit}/dataset_info.json")
+    found = {path.parts[-4]: path.parts[-3] for path in ready}
+    if args.dataset_config_name is not None:
+        found = {config: version for config, version in found.items() if config == args.dataset_config_name}
+    if not found:
+        raise DataError(
+            f"data set '{name}': commit {commit} is not in the cache, and the Hub cannot be asked; load it once online"
+        )
+    if len(found) > 1:
+        raise DataError(f"data set '{name}': found {' and '.join(sorted(found))}; give 'dataset_config_name'")
+    ((config, version),) = found.items()
+    return Cache(dataset_name=short, repo_id=name, config_name=config, version=version, hash=commit).as_dataset()
+
+
+def _in_cache(path: str | None) -> bool:
+    """Whether a path lies in a folder that data sets of the Hub are downloaded to."""
+    folders = (constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
+    return path is not None and any(Path(os.path.abspath(path)).is_relative_to(os.path.abspath(f)) for f in folders)
 
 
 def _columns(args: DataArguments, features: datasets.Features) -> tuple[str, str]:
@@ -300,12 +344,14 @@ def _labels(column: Sequence[int | None], names: list[str], where: str) -> Tenso
     return torch.tensor(values)
 
 
-def _decode(split: datasets.Dataset, column: str, size: tuple[int, int] | None, mode: str, where: str) -> Tensor:
+def _decode(
+    split: datasets.Dataset, column: str, size: tuple[int, int] | None, mode: str, where: str, local: bool
+) -> Tensor:
     """``(N, C, H, W)`` uint8 in one of PIL's modes; the first image fixes the size if `size` is None."""
     raw = split.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     images: Tensor | None = None
     for row, record in enumerate(tqdm(raw, desc=f"Decoding {where}", unit="img", mininterval=1.0, disable=_IS_WORKER)):
-        image = _open(record[column], mode, f"{where}, row {row}")
+        image = _open(record[column], mode, f"{where}, row {row}", local)
         if images is None:
             fixed = size is not None
             size = size or (image.height, image.width)
@@ -319,8 +365,11 @@ def _decode(split: datasets.Dataset, column: str, size: tuple[int, int] | None, 
     return images
 
 
-def _open(record: dict[str, Any], mode: str, where: str) -> Image.Image:
+def _open(record: dict[str, Any], mode: str, where: str, local: bool) -> Image.Image:
+    """An image in one of PIL's modes; a data set of the Hub brings its images or has them in the cache."""
     try:
+        if record["bytes"] is None and not local and not _in_cache(record["path"]):
+            raise DataError(f"{where}: expected an image of the data set, found the path {record['path']!r}")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             source = io.BytesIO(record["bytes"]) if record["bytes"] is not None else record["path"]

@@ -21,6 +21,16 @@ from hf_ihb.errors import RecipeError
 MAX_RECIPE_BYTES = 1 << 20
 MAX_INTEGER = 1 << 63
 
+# What must not be shown, written down or sent: tokens of services, passwords in URLs.
+_SECRET = re.compile(
+    r"\b(hf|api_org|ghp|gho|github_pat|glpat|xox[abp]|sk)[_-]\w{16,}|\bAKIA[0-9A-Z]{16}\b|://[^/\s@]*:[^/\s@]*@"
+)
+# A revision belongs to the name beside it: another name on the command line does not take over the recipe's.
+_REVISIONS = {
+    "dataset_name": "dataset_revision",
+    "teacher_model": "teacher_revision",
+    "model_name_or_path": "model_revision",
+}
 _ARTICLES = {bool: "true or false", int: "an integer", float: "a number", str: "a string", dict: "an object"}
 
 
@@ -82,7 +92,7 @@ def parse_models(
             is given as ``--compare A B``.
         *dataclasses: As in `parse_recipe`; one of them has `model_revision`.
         defaults: Called with name and revision of the model (of the first compared one if there is no other); returns
-            keys that stand in for what the command line leaves out.
+            keys that stand in for what the command line leaves out, and `model_revision` where that names a commit now.
         description: Text at the top of ``--help``.
 
     Returns:
@@ -91,6 +101,7 @@ def parse_models(
     Raises:
         RecipeError: If the command line or a default cannot be used.
     """
+    _refuse_secrets(argv)
     compares = any(f.name == "compare" for dataclass in dataclasses for f in fields(dataclass))
     parser = _parser(argv, dataclasses, description, f"{'[MODEL]' if compares else 'MODEL'} [--KEY VALUE ...]")
     model, options = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
@@ -99,8 +110,28 @@ def parse_models(
     if model is None and not others:
         raise RecipeError("command line: expected a model first, its folder or Hub id, such as outputs/cka")
     source = model or others[0]
-    values = defaults(source, early.model_revision)
+    values = dict(defaults(source, early.model_revision))
+    if (commit := values.pop("model_revision", None)) is not None and model is not None:
+        options = [*options, "--model_revision", commit]  # what is read later is of the commit that was asked
     return model, *_parse(parser, options, dataclasses, values, f"{source}: recipe.json")
+
+
+def parse_run(argv: Sequence[str], *dataclasses: type, description: str | None = None) -> tuple[Any, ...]:
+    """Reads ``RUN [--key value ...]`` into the run's folder and dataclasses.
+
+    Args:
+        argv: Command line without the program's name; the folder comes first.
+        *dataclasses: As in `parse_recipe`.
+        description: Text at the top of ``--help``.
+
+    Raises:
+        RecipeError: If the command line cannot be used.
+    """
+    _refuse_secrets(argv)
+    parser = _parser(argv, dataclasses, description, "RUN [--KEY VALUE ...]")
+    if not argv or argv[0].startswith("-"):
+        raise RecipeError("command line: expected a run first, its folder, such as outputs/cka")
+    return Path(argv[0]), *_parse(parser, argv[1:], dataclasses, {}, "command line")
 
 
 def _parser(argv: Sequence[str], dataclasses: Sequence[type], description: str | None, usage: str) -> _RecipeParser:
@@ -135,6 +166,9 @@ def _parse(
         _check_key(f"command line: key '{name}'", name, None, owners)
         raise RecipeError(f"command line: expected --key value, found '{unknown[0]}'")
     given = {token.lstrip("-").split("=")[0].replace("-", "_") for token in options if token.startswith("--")}
+    for name in given & _REVISIONS.keys() & values.keys():
+        if getattr(namespace, name) != values[name] and _REVISIONS[name] not in given:
+            setattr(namespace, _REVISIONS[name], None)
     for name in given & owners.keys():
         _check_range(f"command line: key '{name}'", name, getattr(namespace, name), owners[name])
     if isinstance(path, Path) and "output_dir" in owners and "output_dir" not in given | values.keys():
@@ -161,8 +195,9 @@ def recipe_path(argv: Sequence[str]) -> Path:
     """The recipe that a command line names.
 
     Raises:
-        RecipeError: If the first argument is not the path of a file.
+        RecipeError: If the first argument is not the path of a file, or an argument is a secret.
     """
+    _refuse_secrets(argv)
     if not argv or argv[0].startswith("-"):
         raise RecipeError("command line: expected the path of a recipe first, such as recipes/cka.json")
     path = Path(argv[0])
@@ -221,13 +256,28 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected a JSON object, found {_shown(values)}")
     for name, value in values.items():
-        if name.endswith("_token") or (
-            isinstance(value, str) and re.search(r"\bhf_\w{20,}|://[^/\s]*:[^/\s]*@", value)
-        ):
+        if name.endswith("_token") or _SECRET.search(json.dumps(value, ensure_ascii=False)):
             raise RecipeError(
-                f"{path}: key '{name}': expected no secret in a recipe; set the HF_TOKEN environment variable"
+                f"{path}: key '{_SECRET.sub('***', name)}': expected no secret in a recipe; set the HF_TOKEN "
+                "environment variable"
             )
     return values
+
+
+def _refuse_secrets(argv: Sequence[str]) -> None:
+    """Refuses a secret on the command line, unless it is the value of a token's key, which is written nowhere."""
+    name = None
+    for token in argv:
+        value = token
+        if token.startswith("--"):
+            key, equals, value = token[2:].partition("=")
+            name = key.replace("-", "_")
+            value = value if equals else key
+        if _SECRET.search(value) and not (name or "").endswith("_token"):
+            where = "" if name is None else f" key '{_SECRET.sub('***', name)}':"
+            raise RecipeError(
+                f"command line:{where} expected no secret; set the HF_TOKEN environment variable, or give --hub_token"
+            )
 
 
 def _check_key(origin: str, name: str, value: Any, owners: dict[str, type]) -> None:

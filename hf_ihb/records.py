@@ -17,6 +17,8 @@ from hf_ihb.errors import DataError, RecipeError
 RECIPE_FILE, HISTORY_FILE, EVALUATION_FILE = "recipe.json", "training_history.json", "evaluation.json"
 METRICS_FILE, ANALYSIS_FILE, PLOTS_FOLDER = "metrics.json", "analysis.json", "plots"
 COMPARISON_FILE = "comparison.json"
+# the model card, and where a dry run of publishing renders what would be pushed
+CARD_FILE, STAGING_FOLDER = "README.md", "hub"
 PLOTS = tuple(
     f"{PLOTS_FOLDER}/{name}.png"
     for name in (

@@ -5,7 +5,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,30 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from hf_ihb.arguments import RunArguments, published_flaws
+from hf_ihb.analysis import analyze
+from hf_ihb.arguments import AnalysisArguments, RunArguments, published_flaws
 from hf_ihb.checkpoint import HEADS_FILE
 from hf_ihb.data import ImageData
 from hf_ihb.errors import HfIhbError, RecipeError
+from hf_ihb.evaluation import evaluate_model
+from hf_ihb.models.attention import has_attention
+from hf_ihb.models.pretrained import Pretrained, load_pretrained
+from hf_ihb.plots import confusion_matrix_plot, draw_analyses
 from hf_ihb.records import (
     ANALYSIS_FILE,
+    CARD_FILE,
     EVALUATION_FILE,
     HISTORY_FILE,
     METRICS_FILE,
     PLOTS,
+    PLOTS_FOLDER,
     RECIPE_FILE,
-    environment,
+    STAGING_FOLDER,
+    read_json,
     write_json,
 )
 from hf_ihb.trainer import SupervisedTrainer
+from hf_ihb.trainer.publishing import resolved_recipe
 
 logger = logging.get_logger(__name__)
 
@@ -95,16 +103,19 @@ def _is_run(folder: Path) -> bool:
 
 def _clear_run(folder: Path) -> None:
     """Removes what an earlier run of ours wrote, and nothing else."""
-    for path in (*folder.glob("checkpoint-*"), folder / HEADS_FILE.parent):
+    for path in (*folder.glob("checkpoint-*"), folder / HEADS_FILE.parent, folder / STAGING_FOLDER):
         if path.exists():
             shutil.rmtree(path)
-    results = (HISTORY_FILE, EVALUATION_FILE, METRICS_FILE, ANALYSIS_FILE)
+    results = (HISTORY_FILE, EVALUATION_FILE, METRICS_FILE, ANALYSIS_FILE, CARD_FILE)
     for name in (RECIPE_FILE, *results, *PLOTS, "model.safetensors"):
         (folder / name).unlink(missing_ok=True)
 
 
 def run_training(trainer: SupervisedTrainer, data: ImageData, recipe: Path, arguments: tuple[Any, ...]) -> dict:
-    """Trains, evaluates on validation and (once) test, and writes the run folder; names published flaws it repeats.
+    """Trains, evaluates on validation and (once) test, writes the run folder and its card, and pushes it if asked to.
+
+    Names published flaws that the run repeats. Before a push, the student that was saved is evaluated and analysed, so
+    that its card carries the evidence.
 
     Args:
         trainer: Ready to train.
@@ -114,17 +125,24 @@ def run_training(trainer: SupervisedTrainer, data: ImageData, recipe: Path, argu
 
     Returns:
         The content of ``evaluation.json``.
+
+    Raises:
+        HubPushError: If the push fails; the run is complete by then.
     """
-    folder = Path(trainer.args.output_dir)
+    folder, pushes = Path(trainer.args.output_dir), trainer.args.push_to_hub
+    name = next((a.baseline_model for a in arguments if isinstance(a, RunArguments)), None)
+    baseline = load_pretrained(name, role="baseline") if pushes and name is not None else None
     if trainer.is_world_process_zero():
         for line in published_flaws(arguments):
             logger.warning(line)
         folder.mkdir(parents=True, exist_ok=True)
         if not resume_argument(trainer.args):
             _clear_run(folder)
-        write_json(folder / RECIPE_FILE, resolved_recipe(trainer, data, recipe, arguments))
+        dataset = {"name": data.name, "revision": data.revision, "label_names": data.label_names}
+        dataset |= {split: len(getattr(data, split)) for split in ("train", "validation", "test")}
+        write_json(folder / RECIPE_FILE, resolved_recipe(trainer, arguments, recipe=recipe, dataset=dataset))
     result = trainer.train(resume_from_checkpoint=resume_argument(trainer.args))
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # pushed below, with its evidence
     results = {
         "validation": _metrics(trainer, data.validation, "validation"),
         "test": _metrics(trainer, data.test, "test"),
@@ -139,35 +157,64 @@ def run_training(trainer: SupervisedTrainer, data: ImageData, recipe: Path, argu
     if trainer.is_world_process_zero():
         write_json(folder / HISTORY_FILE, trainer.state.log_history)
         write_json(folder / EVALUATION_FILE, results)
-        print(f"test accuracy {results['test']['accuracy']:.4f}; the student and its results are in {folder}")
+        print(
+            f"test accuracy {results['test']['accuracy']:.4f}; the student and its results are in {folder}", flush=True
+        )
+        if pushes:
+            measure(trainer, data, baseline)
+    if not pushes:
+        trainer.create_model_card()
+    elif (commit := trainer.push_to_hub()) is not None:
+        print(f"pushed to {commit.commit_url}", flush=True)
     return results
+
+
+def measure(trainer: SupervisedTrainer, data: ImageData, baseline: Pretrained | None = None) -> None:
+    """Evaluates and analyses the saved student of a finished run as the scripts do by default, without the Hessian.
+
+    Writes ``metrics.json``, ``analysis.json`` and the plots. Attention is looked at where the student has some, and
+    similarity of layers with the teacher's where there is a teacher.
+
+    Args:
+        trainer: Has trained; gives the teacher.
+        data: The data set of the run; its test split is used.
+        baseline: The matched control.
+    """
+    folder, device = Path(trainer.args.output_dir), trainer.args.device
+    student = load_pretrained(str(folder)).to(device)
+    teacher = getattr(trainer, "teacher", None)
+    about = {"name": data.name, "revision": data.revision}
+    with_logits = teacher is not None and trainer.needs_logits
+    results = evaluate_model(
+        student,
+        data.test,
+        teacher=teacher if with_logits else None,
+        baseline=baseline,
+        device=device,
+        data=about | {"split": "test"},
+    )
+    (folder / PLOTS_FOLDER).mkdir(exist_ok=True)
+    write_json(folder / METRICS_FILE, results)
+    confusion = next(iter(results["heads"].values()))["confusion_matrix"]
+    confusion_matrix_plot(confusion, data.label_names, folder / PLOTS_FOLDER / "confusion_matrix.png")
+    analyses = ("attention", "cka") if has_attention(student.model, _first_pixels(student, data)) else ("cka",)
+    analysis = analyze(
+        student,
+        data.test,
+        AnalysisArguments(metrics=",".join(analyses)),
+        data=about,
+        teacher=None if teacher is None else Pretrained(teacher.model, teacher.pixels, teacher.name, teacher.revision),
+        keep=lambda found: write_json(folder / ANALYSIS_FILE, found),
+    )
+    write_json(folder / ANALYSIS_FILE, analysis)
+    draw_analyses({folder.name: read_json(folder / ANALYSIS_FILE)}, folder / PLOTS_FOLDER)
+
+
+def _first_pixels(model: Pretrained, data: ImageData) -> torch.Tensor:
+    return model.pixels.apply(data.test.images[:1].to(model.model.device).float() / 255)
 
 
 def _metrics(trainer: SupervisedTrainer, split: Any, name: str) -> dict[str, float]:
     found = trainer.evaluate(split, metric_key_prefix=name)
     kept = {k.removeprefix(f"{name}_"): v for k, v in found.items() if k.startswith(f"{name}_")}
     return {k: v for k, v in kept.items() if not k.endswith(("_per_second", "runtime"))} | {"num_images": len(split)}
-
-
-def resolved_recipe(
-    trainer: SupervisedTrainer, data: ImageData, recipe: Path, arguments: tuple[Any, ...]
-) -> dict[str, Any]:
-    """Every key with its value, what names resolved to, and where the run happens."""
-    keys: dict[str, Any] = {}
-    for instance in arguments:
-        own = instance.to_dict() if isinstance(instance, TrainingArguments) else vars(instance)
-        keys |= {f.name: own.get(f.name) for f in fields(instance) if not f.name.endswith("_token")}
-    teacher = getattr(trainer, "teacher", None)
-    resolved: dict[str, Any] = {
-        "recipe": str(recipe),
-        "keys": keys,
-        "dataset": {"name": data.name, "revision": data.revision, "label_names": data.label_names}
-        | {split: len(getattr(data, split)) for split in ("train", "validation", "test")},
-        "teacher": None if teacher is None else {"name": teacher.name, "revision": teacher.revision},
-        "environment": environment(
-            trainer.args.device,
-            num_processes=trainer.args.world_size,
-            mixed_precision=trainer.args.mixed_precision,
-        ),
-    }
-    return resolved

@@ -5,6 +5,7 @@ accelerate launch scripts/distill.py recipes/cka.json [--seed 1] [--num_train_ep
 
 from transformers import set_seed
 
+from hf_ihb.access import pin_revisions
 from hf_ihb.arguments import (
     AugmentationArguments,
     DataArguments,
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> None:
     parsed = parse_recipe(argv, *COMMON, arguments_class, description=__doc__)
     run_args, data_args, augmentation, model_args, teacher_args, args = parsed
     open_run(args, run_args)
+    pin_revisions(parsed)
 
     set_seed(args.seed)
     data = load_image_data(data_args)

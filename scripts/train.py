@@ -5,6 +5,7 @@ accelerate launch scripts/train.py recipes/resnet18.json [--seed 1] [--num_train
 
 from transformers import set_seed
 
+from hf_ihb.access import pin_revisions
 from hf_ihb.arguments import (
     AugmentationArguments,
     DataArguments,
@@ -26,6 +27,7 @@ def main(argv: list[str]) -> None:
     parsed = parse_recipe(argv, *ARGUMENTS, description=__doc__)
     run_args, data_args, augmentation, model_args, args = parsed
     open_run(args, run_args)
+    pin_revisions(parsed)
 
     set_seed(args.seed)
     data = load_image_data(data_args)

@@ -393,13 +393,13 @@ def test_the_script_writes_what_it_prints(script, two_headed, student, split, tm
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        (["no/such-model"], ModelLoadError, "'no/such-model' could not be loaded"),
-        (["{empty}"], ModelLoadError, "could not be loaded"),
+        (["no/such-model"], ModelLoadError, "'no/such-model': not in the cache"),
+        (["{empty}"], ModelLoadError, "expected config.json in the folder, found none"),
         (["{folder}", "--split", "tests"], RecipeError, "split"),
         (
             ["{folder}", "--baseline_model", "no/such-model"],
             ModelLoadError,
-            "baseline 'no/such-model' could not be loaded",
+            "baseline 'no/such-model': not in the cache",
         ),
         (["{letters}"], TeacherMismatchError, "expected the classes 0, 1, .*, found letter a"),
     ],

@@ -68,11 +68,11 @@ def script(tmp_path, monkeypatch, capsys):
         ("train.py", "{", [], 2, "recipe.json:1:2: expected JSON"),
         ("train.py", {**STUDENT, "patch_size": 3}, [], 2, "a multiple of 3 px, found 8 x 8 px"),
         ("train.py", {**STUDENT, "architecture": "dejt"}, [], 2, "key 'architecture': expected deit, deit_cls, vit"),
-        ("train.py", {**STUDENT, "dataset_name": "no/such-set"}, [], 3, "data set 'no/such-set' could not be loaded"),
+        ("train.py", {**STUDENT, "dataset_name": "no/such-set"}, [], 3, "data set 'no/such-set': not in the cache"),
         ("distill.py", {**STUDENT, "method": "logit"}, [], 2, "key 'method': expected one of logits, structural"),
         ("distill.py", TAUGHT, [], 2, "key 'teacher_model': expected a Hub id or a folder, found nothing"),
         ("distill.py", {**TAUGHT, "teacher_model": "x", "teacher_view": "clean", "mixup_alpha": 1}, [], 2, "not mixed"),
-        ("distill.py", {**TAUGHT, "teacher_model": "no/such-model"}, [], 3, "'no/such-model' could not be loaded"),
+        ("distill.py", {**TAUGHT, "teacher_model": "no/such-model"}, [], 3, "'no/such-model': not in the cache"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_an_exit_code(name, recipe, overrides, code, says, script, tmp_path):
@@ -268,9 +268,9 @@ def test_models_of_others_are_analysed_as_they_are(make, grid, prefix, script, t
     ("arguments", "code", "says"),
     [
         ([], 2, "command line: expected a model first"),
-        (["no/such-model"], 3, "model 'no/such-model' could not be"),
+        (["no/such-model"], 3, "model 'no/such-model': not in the cache"),
         (["cnn"], 3, "expected a ViT with self-attention over all patches, found none; leave attention out"),
-        (["cnn", "--metrics", "cka", "--teacher_model", "nobody/nothing"], 3, "teacher 'nobody/nothing' could not"),
+        (["cnn", "--metrics", "cka", "--teacher_model", "nobody/nothing"], 3, "'nobody/nothing': not in the cache"),
         (["cnn", "--metrics", "cka", "--max_images", "9"], 3, "key 'max_images', test: cannot be split by class"),
         (["cnn", "--compare", "cnn"], 3, "expected different models, found cnn twice"),
     ],

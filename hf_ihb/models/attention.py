@@ -93,6 +93,20 @@ def attention_geometry(model: PreTrainedModel, pixel_values: Tensor) -> Attentio
     return AttentionGeometry((pixel_values.shape[-2] // side, pixel_values.shape[-1] // side), prefix, side, has_cls)
 
 
+def has_attention(model: PreTrainedModel, pixel_values: Tensor) -> bool:
+    """Whether `capture_attention` finds the attention of a plain ViT in a model: one image is enough to see.
+
+    Args:
+        model: Any image model.
+        pixel_values: ``(1, C, H, W)``, normalised.
+    """
+    try:
+        capture_attention(model, pixel_values, lambda layer, attention: None)
+    except ModelLoadError:
+        return False
+    return True
+
+
 @torch.no_grad()
 def capture_attention(
     model: PreTrainedModel, pixel_values: Tensor, callback: Callable[[int, Tensor], None], **kwargs: Any

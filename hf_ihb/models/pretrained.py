@@ -10,9 +10,6 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoBackbone,
@@ -25,14 +22,16 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 import hf_ihb.models.timm_cifar  # noqa: F401  registers resnet18_cifar
+from hf_ihb.access import fetch_file, resolve_commit
 from hf_ihb.arguments import DataArguments
 from hf_ihb.errors import ModelLoadError, TeacherMismatchError
+from hf_ihb.models.files import UNREADABLE, model_files
 from hf_ihb.models.processing import PixelFormat, pixel_format
 from hf_ihb.models.student import absent_weights, init_tokens
+from hf_ihb.records import RECIPE_FILE
 
 # Parts of a backbone that blocks do not use: a checkpoint of another head may lack them.
 _UNUSED_BY_BLOCKS = ("pooler", "mask_token")
-_UNREADABLE = (OSError, ValueError, ImportError, SafetensorError, RuntimeError)
 
 
 class Pretrained(NamedTuple):
@@ -42,7 +41,7 @@ class Pretrained(NamedTuple):
         model: In float32.
         pixels: How it wants its images.
         name: Hub id or folder, as it was asked for.
-        revision: Commit on the Hub; None for a folder.
+        revision: Commit on the Hub that all of it was read from; None for a folder.
     """
 
     model: PreTrainedModel
@@ -76,7 +75,8 @@ def load_pretrained(
 ) -> Pretrained:
     """Loads a model of transformers or timm from the Hub or a folder.
 
-    Only safetensors and JSON are read, and no code of the repo is run.
+    Everything is read from the commit that the name stands for at the beginning; only safetensors and JSON are read,
+    and no code of the repo is run.
 
     Args:
         name: Hub id or folder.
@@ -86,22 +86,22 @@ def load_pretrained(
         untrained_seed: Draw the weights anew from this seed instead; the generator's state is left as it was.
 
     Raises:
-        ModelLoadError: If it cannot be found or read, or a weight is missing.
+        ModelLoadError: If it cannot be found, reached or read, or a weight is missing.
     """
-    path = Path(name).expanduser()
-    source = str(path) if path.is_dir() else name
-    where = {"revision": revision or "main", "trust_remote_code": False}
+    files = model_files(name, revision, role=role, weights=untrained_seed is None)
     try:
-        config = AutoConfig.from_pretrained(source, **where)
+        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
         auto = _auto_class(config, needs_logits)
         if untrained_seed is not None:
             model = from_config(auto, config, untrained_seed)
         else:
-            model = _trained(auto, config, source, where, f"{role} '{name}'")
-        processor = AutoImageProcessor.from_pretrained(source, **where)
-    except _UNREADABLE as error:
+            model = _trained(auto, config, files.folder, f"{role} '{name}'")
+        processor = AutoImageProcessor.from_pretrained(files.folder, trust_remote_code=False)
+        pixels = pixel_format(processor)
+    except UNREADABLE as error:
         raise ModelLoadError(f"{role} '{name}' could not be loaded: {' '.join(str(error).split())[:300]}") from error
-    return Pretrained(model.eval(), pixel_format(processor), name, getattr(config, "_commit_hash", None))
+    model.name_or_path = model.config.name_or_path = name  # not the folder of the cache
+    return Pretrained(model.eval(), pixels, name, files.revision)
 
 
 def _auto_class(config: Any, needs_logits: bool | None) -> Any:
@@ -113,10 +113,15 @@ def _auto_class(config: Any, needs_logits: bool | None) -> Any:
     return AutoModel if type(config) in MODEL_MAPPING else AutoBackbone
 
 
-def _trained(auto: Any, config: Any, source: str, where: dict[str, Any], who: str) -> PreTrainedModel:
+def _trained(auto: Any, config: Any, folder: str, who: str) -> PreTrainedModel:
     """The model with its weights, every one of them."""
     model, info = auto.from_pretrained(
-        source, config=config, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **where
+        folder,
+        config=config,
+        use_safetensors=True,
+        output_loading_info=True,
+        dtype=torch.float32,
+        trust_remote_code=False,
     )
     absent = absent_weights(info)
     if auto is not AutoModelForImageClassification:
@@ -175,25 +180,24 @@ def data_defaults(name: str, revision: str | None = None) -> dict[str, Any]:
     """What a model was trained and evaluated on, by the recipe saved beside it; empty where there is none.
 
     Returns:
-        Keys of `DataArguments`.
+        Keys of `DataArguments`; for a model of the Hub also `model_revision`, the commit that was asked.
 
     Raises:
         ModelLoadError: If the repo cannot be reached or its recipe cannot be read.
     """
-    folder = Path(name).expanduser()
+    commit = resolve_commit(name, revision, what="model")
+    if commit is None:
+        pinned, path = {}, Path(name).expanduser() / RECIPE_FILE
+    else:
+        pinned, path = {"model_revision": commit}, fetch_file(name, RECIPE_FILE, commit, what="model")
+    if path is None or not path.is_file():
+        return pinned
     try:
-        path = (
-            folder / "recipe.json" if folder.is_dir() else Path(hf_hub_download(name, "recipe.json", revision=revision))
-        )
-        saved = json.loads(path.read_text("utf-8"))["keys"] if path.is_file() else {}
-    except EntryNotFoundError:  # no such file, or offline and never fetched
-        return {}
-    except HFValidationError as error:
-        raise ModelLoadError(f"model '{name}': expected a folder or a Hub id, found neither") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        saved = json.loads(path.read_text("utf-8"))["keys"]
+        return {f.name: saved[f.name] for f in fields(DataArguments) if f.name in saved} | pinned
+    except (OSError, ValueError, LookupError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ModelLoadError(f"model '{name}': its recipe.json could not be read: {reason}") from error
-    return {f.name: saved[f.name] for f in fields(DataArguments) if f.name in saved}
+        raise ModelLoadError(f"model '{name}': its {RECIPE_FILE} could not be read: {reason}") from error
 
 
 def label_permutation(config: Any, names: Sequence[str], who: str, assume_same_order: bool = False) -> Tensor | None:

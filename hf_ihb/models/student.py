@@ -6,7 +6,6 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.layers import DropPath
 from torch import Tensor, nn
 from transformers import (
@@ -35,6 +34,7 @@ from hf_ihb.arguments import ModelArguments
 from hf_ihb.errors import ModelLoadError, RecipeError
 from hf_ihb.models.adaptive_cnn import AdaptiveCNNConfig, AdaptiveCNNForImageClassification
 from hf_ihb.models.deit import FlexibleDeiTConfig, FlexibleDeiTForImageClassification
+from hf_ihb.models.files import UNREADABLE, model_files
 from hf_ihb.models.processing import pixel_format, student_processor
 
 _VITS = ("deit", "deit_cls", "vit")
@@ -299,18 +299,20 @@ def _timm(
 
 
 def _from_weights(args: ModelArguments, labels: dict, image_size: tuple[int, int]) -> tuple[PreTrainedModel, Any]:
-    name, source = args.model_name_or_path, {"revision": args.model_revision or "main", "trust_remote_code": False}
+    name = args.model_name_or_path
+    folder = model_files(name, args.model_revision).folder
     load = _small_convnextv2 if args.architecture == "convnextv2" else _with_own_shape
     try:
-        processor = AutoImageProcessor.from_pretrained(name, **source)
-        model, absent = load(args, labels, image_size, **source)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        model, absent = load(args, labels, image_size, folder)
+    except UNREADABLE as error:
         raise ModelLoadError(f"model '{name}' could not be loaded: {' '.join(str(error).split())[:300]}") from error
     if absent:
         raise ModelLoadError(f"model '{name}': expected every weight but the head's, found none that fits {absent[0]}")
     if args.architecture == "convnextv2":
         mean, std, _ = pixel_format(processor)
         processor = student_processor(list(mean), list(std), image_size)
+    model.name_or_path = model.config.name_or_path = name  # not the folder of the cache
     return model, processor
 
 
@@ -321,16 +323,16 @@ def absent_weights(info: dict[str, Any]) -> list[str]:
 
 
 def _with_own_shape(
-    args: ModelArguments, labels: dict, image_size: tuple[int, int], **source: Any
+    args: ModelArguments, labels: dict, image_size: tuple[int, int], folder: str
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model as it was saved, behind another head if the classes differ; and the weights that are absent."""
     model, info = AutoModelForImageClassification.from_pretrained(
-        args.model_name_or_path,
+        folder,
         use_safetensors=True,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
         dtype=torch.float32,
-        **source,
+        trust_remote_code=False,
         **labels,
     )
     apply_drop_path(model, args.drop_path_rate)
@@ -338,26 +340,24 @@ def _with_own_shape(
 
 
 def _small_convnextv2(
-    args: ModelArguments, labels: dict, image_size: tuple[int, int], **source: Any
+    args: ModelArguments, labels: dict, image_size: tuple[int, int], folder: str
 ) -> tuple[ConvNextV2ForImageClassification, list[str]]:
     """The stages and final norm of a ConvNeXt V2 behind a new stem (patches and their norm) and a new head.
 
     Both are drawn as from scratch; the stem is kept where it has the patch size that is wanted.
     """
-    name = args.model_name_or_path
-    config = AutoConfig.from_pretrained(name, **source)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(config, ConvNextV2Config):
         raise RecipeError(
             f"key 'model_name_or_path': expected a ConvNeXt V2 of transformers beside architecture 'convnextv2', found "
-            f"'{name}', a {config.model_type}"
+            f"'{args.model_name_or_path}', a {config.model_type}"
         )
     trained, info = ConvNextV2Model.from_pretrained(
-        name,
+        folder,
         use_safetensors=True,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
         dtype=torch.float32,
-        **source,
     )
     stem = _small_stem(args, image_size, len(config.depths))
     keeps_stem = trained.config.patch_size == stem["patch_size"]

@@ -23,6 +23,7 @@ class Teacher:
         assume_same_order: Trust the teacher's class order where its names cannot tell.
         control: ``none``; ``untrained`` where the weights were drawn anew; ``shuffled`` where a trainer is to show it
             the image after the student's.
+        revision: Commit on the Hub that the model was read from.
 
     Raises:
         TeacherMismatchError: If its classes cannot be brought into the order of `label_names`.
@@ -36,12 +37,13 @@ class Teacher:
         label_names: Sequence[str] | None = None,
         assume_same_order: bool = False,
         control: str = "none",
+        revision: str | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.pixels = pixels
         self.control = control
         self.name = getattr(model.config, "name_or_path", "") or type(model).__name__
-        self.revision = getattr(model.config, "_commit_hash", None)
+        self.revision = revision
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise NumericsError(f"teacher '{self.name}': expected finite weights, found NaN or Inf in {name}")
@@ -138,7 +140,7 @@ def load_teacher(
             ``teacher_normalization='dataset'``.
 
     Raises:
-        ModelLoadError: If it cannot be found or read, or weights are missing.
+        ModelLoadError: If it cannot be found, reached or read, or weights are missing.
         TeacherMismatchError: If its classes do not fit.
         ValueError: If the data set's statistics are asked for and not given.
     """
@@ -160,4 +162,6 @@ def load_teacher(
         mean, std = (tuple(v) * (len(pixels.mean) // len(v)) for v in dataset_statistics)
         pixels = pixels._replace(mean=mean, std=std)
     names = label_names if needs_logits else None
-    return Teacher(model, pixels, names, args.teacher_assume_same_label_order, args.teacher_control)
+    return Teacher(
+        model, pixels, names, args.teacher_assume_same_label_order, args.teacher_control, revision=loaded.revision
+    )

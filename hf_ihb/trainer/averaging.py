@@ -94,7 +94,7 @@ class Averaging(TrainerCallback):
         trainer: The trainer whose module is averaged.
 
     Raises:
-        RecipeError: If the weights are sharded or not float32, or checkpoints would be pushed.
+        RecipeError: If the weights are sharded or not float32, or checkpoints of SWA would be pushed.
 
     References:
         Izmailov et al., 2018 (SWA), https://arxiv.org/abs/1803.05407
@@ -112,10 +112,10 @@ class Averaging(TrainerCallback):
         self._key = {"ema": "ema_decay", "swa": "swa_start"}[self.kind]
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise RecipeError(f"key '{self._key}': expected whole weights in each process, found FSDP or DeepSpeed")
-        if args.push_to_hub and args.hub_strategy != HubStrategy.END:
+        if self.kind == "swa" and args.push_to_hub and args.hub_strategy != HubStrategy.END:
             raise RecipeError(
-                f"keys '{self._key}' and 'hub_strategy' contradict: checkpoints hold the raw weights; expected 'end', "
-                f"found '{args.hub_strategy.value}'"
+                "keys 'swa_start' and 'hub_strategy' contradict: BatchNorm is measured when an average is "
+                f"evaluated, not when it is checkpointed; expected 'end', found '{args.hub_strategy.value}'"
             )
 
     @property
@@ -249,9 +249,13 @@ class Averaging(TrainerCallback):
 
     def load_best(self, checkpoint: Path) -> None:
         """Leaves in the module, for good, what was evaluated at a checkpoint: the average if there was one yet."""
-        averaged = self.kind is not None and read_average_record(checkpoint)["count"] > 0
-        load_module(self._module, checkpoint / AVERAGE_FOLDER if averaged else checkpoint)
+        load_module(self._module, self.evaluated(checkpoint))
         self.average = None
+
+    def evaluated(self, checkpoint: Path) -> Path:
+        """Folder of the student that was evaluated at a checkpoint: the average's if there was one yet."""
+        averaged = self.kind is not None and read_average_record(checkpoint)["count"] > 0
+        return checkpoint / AVERAGE_FOLDER if averaged else checkpoint
 
     # ---- Learning rate ----
 

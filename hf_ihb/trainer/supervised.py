@@ -14,17 +14,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
+from transformers.trainer_utils import HubStrategy
+from transformers.utils.hub import PushInProgress
 
 from hf_ihb.arguments import AugmentationArguments, SupervisedTrainingArguments
 from hf_ihb.checkpoint import load_module, newest_checkpoint, save_module
 from hf_ihb.data import collate_images
 from hf_ihb.errors import CheckpointError, DataError, NumericsError
+from hf_ihb.hub import ensure_repo
 from hf_ihb.losses import task_loss
 from hf_ihb.models.module import StudentModule, StudentOutput
 from hf_ihb.models.processing import pixel_format
 from hf_ihb.models.student import TOKEN_PARAMETERS, input_size
 from hf_ihb.trainer.averaging import Averaging
 from hf_ihb.trainer.callbacks import EarlyStopping, Hooks
+from hf_ihb.trainer.publishing import Publishing
 from hf_ihb.views import Augmenter, Views, as_float, class_targets
 
 
@@ -101,6 +105,7 @@ class SupervisedTrainer(Trainer):
         self._steps_per_epoch: int | None = None
         self._reset_window()
         self._quiet = self.args.disable_tqdm or not self.is_world_process_zero()
+        self._publishing = Publishing(self)
         self._averaging = Averaging(self)
         self.add_callback(self._averaging)
         if args.early_stopping_patience is not None:
@@ -416,3 +421,127 @@ class SupervisedTrainer(Trainer):
             super()._load_best_model()
         else:
             self._averaging.load_best(Path(self.state.best_model_checkpoint))
+
+    # ---- Hub ----
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As `Trainer.init_hf_repo`: the repo is there, and may be written to, before training starts.
+
+        Raises:
+            HubPushError: If not, in one line.
+        """
+        if self.is_world_process_zero():
+            self.hub_model_id = ensure_repo(
+                self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
+                private=self.args.hub_private_repo if private is None else private,
+                token=token or self.args.hub_token,
+            )
+            self.push_in_progress = None
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """As `Trainer.create_model_card`, but rendered from the run's files, which know task and splits by themselves.
+
+        Args:
+            language: As in `Trainer`, like `tags` and `model_name`.
+            license: That of the run if None.
+            tags: Added to the card's own.
+            model_name: Title of the card.
+            finetuned_from: What the run started from if None.
+            tasks: Not used.
+            dataset_tags: Hub ids of data sets, where no recipe names one.
+            dataset: As `dataset_tags`.
+            dataset_args: Not used.
+        """
+        if self.is_world_process_zero():
+            self._publishing.write_card(
+                language=language,
+                license=license,
+                tags=_listed(tags),
+                model_name=model_name,
+                base_model=finetuned_from,
+                datasets=_listed(dataset_tags) or _listed(dataset),
+            )
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As `Trainer.push_to_hub`: the student, its processor, card, plots and records in one commit.
+
+        Args:
+            commit_message: As in `Trainer`.
+            blocking: As in `Trainer`.
+            token: As in `Trainer`.
+            revision: As in `Trainer`.
+            private: As in `Trainer`.
+            **kwargs: As `create_model_card` takes them.
+
+        Returns:
+            The commit, a `Future` of it if not `blocking`; None on other processes than the main one.
+
+        Raises:
+            HubPushError: If it fails; the run is where it was, and the message says how to push again.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        return self._publishing.push(
+            commit_message=commit_message or "End of training",
+            blocking=blocking,
+            token=token,
+            private=self.args.hub_private_repo if private is None else private,
+            revision=revision or self.args.hub_revision,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        running = self.push_in_progress
+        if running is not None and running.is_done():
+            self._finish_current_push()
+        elif running is not None and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.create_model_card()
+        job = self._publishing.push(
+            commit_message=f"Training in progress, step {self.state.global_step}",
+            blocking=False,
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
+            weights=self._averaging.evaluated(Path(checkpoint_folder)),
+        )
+        self.push_in_progress = self.push_in_progress or PushInProgress([])
+        self.push_in_progress.jobs.append(job)
+
+    def _finish_current_push(self) -> None:
+        # stock Trainer waits for pushes in the background and never looks at how they ended
+        super()._finish_current_push()
+        if getattr(self, "push_in_progress", None) is not None:
+            self._publishing.report_failures(self.push_in_progress.jobs)
+            self.push_in_progress = None
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])

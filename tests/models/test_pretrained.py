@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import constants
 from torch import nn
 from transformers import (
     DeiTConfig,
@@ -13,6 +14,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from hf_ihb.access import resolve_commit
 from hf_ihb.errors import ModelLoadError, TeacherMismatchError
 from hf_ihb.models.pretrained import (
     data_defaults,
@@ -101,6 +103,37 @@ def test_a_recipe_that_cannot_be_read_is_refused(content, classifier, tmp_path):
     (tmp_path / "vit" / "recipe.json").write_text(content, "utf-8")
     with pytest.raises(ModelLoadError, match=r"vit': its recipe\.json could not be read"):
         data_defaults(classifier)
+
+
+def recipe(**keys):
+    return {"recipe.json": json.dumps({"keys": keys}).encode()}
+
+
+def test_the_recipe_on_the_hub_is_read_at_the_commit_that_is_measured(hub_here):
+    first = hub_here.add_repo("me/recipe", recipe(dataset_name="me/set", dataset_revision="a" * 40, seed=1))
+    second = hub_here.commit("me/recipe", recipe(dataset_name="me/other"))
+    assert data_defaults("me/recipe") == {"dataset_name": "me/other", "model_revision": second}
+    expected = {"dataset_name": "me/set", "dataset_revision": "a" * 40, "model_revision": first}
+    assert data_defaults("me/recipe", first) == expected
+    hub_here.commit("me/recipe", {"recipe.json": None})
+    assert data_defaults("me/recipe") == {"model_revision": hub_here.history("me/recipe")[0]}
+
+
+@pytest.mark.parametrize("status", [401, 404, 503])
+def test_a_recipe_that_cannot_be_asked_for_is_not_taken_for_absent(hub_here, status):
+    hub_here.add_repo("me/recipe", recipe(dataset_name="me/set"))
+    code = {"X-Error-Code": "RepoNotFound"} if status == 404 else {}
+    hub_here.fail("HEAD", "/recipe.json", status, times=99, headers=code)
+    with pytest.raises(ModelLoadError, match=f"^model 'me/recipe': the Hub answered {status}"):
+        data_defaults("me/recipe")
+
+
+def test_an_unknown_recipe_is_said_to_be_unknown_offline(hub_here, monkeypatch, caplog):
+    commit = hub_here.add_repo("me/unfetched", recipe(dataset_name="me/set"))
+    resolve_commit("me/unfetched")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert data_defaults("me/unfetched") == {"model_revision": commit}
+    assert "recipe.json is not in the cache, and is taken for absent offline" in caplog.text
 
 
 def test_a_name_that_is_neither_a_folder_nor_a_hub_id_is_said_to_be_so():

@@ -159,7 +159,7 @@ def test_a_checkpoint_of_pickles_alone_is_refused_unread(tmp_path):
             return (open, (str(canary), "w"))
 
     torch.save({"payload": Payload(), **model.state_dict()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ModelLoadError, match="could not be loaded"):
+    with pytest.raises(ModelLoadError, match="pickled weights are never read"):
         load(tmp_path)
     assert not canary.exists()
 
@@ -178,7 +178,9 @@ def test_code_of_a_checkpoint_is_never_run(tmp_path):
 
 @pytest.mark.parametrize("name", ["someone/nothing", "/nowhere"])
 def test_a_teacher_that_cannot_be_found_is_one_line(name):
-    with pytest.raises(ModelLoadError, match=f"teacher '{name}' could not be loaded") as error:
+    with pytest.raises(
+        ModelLoadError, match=f"^teacher '{name}': (not in the cache|expected a folder or a Hub id, found neither)"
+    ) as error:
         load(name)
     assert "\n" not in str(error.value)
 

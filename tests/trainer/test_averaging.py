@@ -283,8 +283,8 @@ def test_half_precision_weights_are_refused(make_trainer):
         trainer.train()
 
 
-def test_checkpoints_of_raw_weights_are_not_pushed(make_trainer):
-    trainer = make_trainer(**EMA)
+def test_checkpoints_of_swa_are_not_pushed(make_trainer):
+    trainer = make_trainer(**SWA)
     trainer.args.push_to_hub = True
     with pytest.raises(RecipeError, match=r"'hub_strategy' contradict.* expected 'end', found 'every_save'"):
         Averaging(trainer)

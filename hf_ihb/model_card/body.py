@@ -1,0 +1,225 @@
+"""The body of a card: ``templates/model_card.md``, filled with what the files of a run folder say.
+
+What always reads the same stands in the template; tables, and sentences that depend on the run, are made in Python.
+Whatever is not `Markdown` of ours is a name when it is printed, and shown as code.
+"""
+
+import re
+import shlex
+from importlib import resources
+from pathlib import Path
+from typing import Any, Unpack
+
+from jinja2 import Environment, StrictUndefined
+
+from hf_ihb.errors import DataError
+from hf_ihb.model_card import evidence, training
+from hf_ihb.model_card.files import CONFIG_FILE, PROCESSOR_FILE, WEIGHTS_FILE, RunFiles, read_run
+from hf_ihb.model_card.header import CardOptions, answering_accuracy, header_of, title_of
+from hf_ihb.model_card.markdown import EMPTY, Markdown, listing, table, to_markdown, visible
+from hf_ihb.records import ANALYSIS_FILE, EVALUATION_FILE, HISTORY_FILE, METRICS_FILE, PLOTS, RECIPE_FILE
+from hf_ihb.redaction import LOCAL_PREFIX
+
+# Class of the model -> what it is, and how it answers.
+_ARCHITECTURES = {
+    "DeiTForImageClassificationWithTeacher": ("A DeiT", "a cls and a distillation head whose logits are averaged"),
+    "DeiTForImageClassification": ("A DeiT", "one head at the cls token"),
+    "ViTForImageClassification": ("A ViT", "one head at the cls token"),
+    "FlexibleDeiTForImageClassification": ("A DeiT", "a cls and a distillation head"),
+    "AdaptiveCNNForImageClassification": ("An AdaptiveCNN", "squeeze-and-excitation in residual blocks"),
+    "ConvNextV2ForImageClassification": ("A ConvNeXt V2", ""),
+}
+# Key of a config -> what it says.
+_SHAPE = {
+    "num_hidden_layers": "{} layers",
+    "hidden_size": "width {}",
+    "num_attention_heads": "{} attention heads",
+    "patch_size": "patches of {} px",
+    "depths": "{} blocks in its stages",
+    "hidden_sizes": "widths {}",
+    "conv_stem": "convolutional stem: {}",
+    "layer_scale_init_value": "LayerScale from {}",
+}
+# Method of the list of references -> what an architecture that stands on it has in its name.
+_MARKS = {"deit": "deit", "vit": "vitfor", "convnextv2": "convnextv2", "resnet": "resnet"}
+_FILES = {
+    CONFIG_FILE: "architecture and class names",
+    WEIGHTS_FILE: "weights",
+    PROCESSOR_FILE: "size and normalisation of the images",
+    RECIPE_FILE: "every key as it was resolved, revisions, versions, commit, hardware",
+    HISTORY_FILE: "losses and evaluations along the way",
+    EVALUATION_FILE: "results at the end of training",
+    METRICS_FILE: "all metrics, per class and head, and the confusion matrix",
+    ANALYSIS_FILE: "attention, similarity of layers and curvature, as far as they were measured",
+    "plots/attention_distance.png": "attention distance of each layer and head",
+    "plots/attention_statistics.png": "entropy and mass on special tokens, layer by layer",
+    "plots/attention_maps.png": "where some images are looked at",
+    "plots/cka_linear.png": "CKA of layers with a linear kernel",
+    "plots/cka_rbf.png": "CKA of layers with an RBF kernel",
+    "plots/eigenvalue_density.png": "density of the Hessian's eigenvalues",
+    "plots/confusion_matrix.png": "which classes are taken for which",
+}
+
+
+def render_card(folder: Path, **options: Unpack[CardOptions]) -> str:
+    """The text of a run's README.md.
+
+    Args:
+        folder: Run folder; what it lacks beside ``recipe.json`` is left out of the card.
+        **options: See `CardOptions`.
+
+    Returns:
+        YAML header and Markdown body; the same files give the same text.
+
+    Raises:
+        DataError: If ``recipe.json`` is missing, a file is not the JSON it should be, results are of different weights,
+            or an option is not the Hub id it should be.
+    """
+    run = read_run(folder)
+    try:
+        header, body = header_of(run, **options).to_yaml(), _body(run, options)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise DataError(
+            f"{folder}: expected the records that hf_ihb writes, found something else ({reason})"
+        ) from error
+    return f"---\n{header}\n---\n\n{body.strip()}\n"
+
+
+def _body(run: RunFiles, options: CardOptions) -> str:
+    text = resources.files("hf_ihb").joinpath("templates", "model_card.md").read_text("utf-8")
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=to_markdown)
+    return environment.from_string(text).render(
+        title=_plain_or_code(title_of(run, **options)),
+        usage=_usage(run, options.get("repo_id") or run.name),
+        introduction=_introduction(run),
+        control=run.keys["teacher_control"] if run.teacher else "none",
+        classes=listing(run.dataset["label_names"]),
+        results=evidence.results(run),
+        attention=evidence.attention(run),
+        cka=evidence.cka(run),
+        curvature=evidence.curvature(run),
+        training=table([(Markdown("setting"), Markdown("value")), *training.training_rows(run)]),
+        flaws=training.flaws(run),
+        limits=_limits(run),
+        files=[(name, Markdown(_FILES.get(name, "code of the model class"))) for name in run.listed],
+        software=_software(run.environment),
+        plots={Path(name).stem: Markdown(name) for name in PLOTS if name in run.listed},
+        methods=_methods(run),
+        run=run,
+    )
+
+
+def _plain_or_code(name: str) -> Markdown:
+    """A name as plain text where it is a tame one."""
+    return Markdown(name if re.fullmatch(r"[A-Za-z0-9]+(?:[-_ ][A-Za-z0-9]+)*", name) else Markdown("{}").format(name))
+
+
+def _usage(run: RunFiles, source: str) -> dict[str, Any]:
+    """What the usage example says; `source` is what the model is loaded by."""
+    height, width = _image_size(run) or (32, 32)
+    return {
+        "import_us": run.needs_us,
+        "source": Markdown(f'"{source}"' if re.fullmatch(r"[\w./-]+", source, re.ASCII) else ascii(source)),
+        "trust": Markdown(", trust_remote_code=True" if run.is_custom_code else ""),
+        "size": Markdown(f"({width}, {height})"),
+        **_evaluation(run, source),
+    }
+
+
+def _evaluation(run: RunFiles, source: str) -> dict[str, Any]:
+    """How the results are made again; nothing where there are none."""
+    if (answer := answering_accuracy(run)) is None:
+        return {}
+    data, local_data = answer[1], None
+    words = ["python", "scripts/evaluate_model.py", source]
+    if data["name"].startswith(LOCAL_PREFIX):
+        words += ["--dataset_name", "FOLDER"]
+        local_data = data["name"].removeprefix(LOCAL_PREFIX)
+    elif data["name"] != run.dataset["name"]:
+        words += ["--dataset_name", data["name"]]
+    words += ["--split", data["split"]] * (data["split"] != "test")
+    return {"command": Markdown(shlex.join(map(visible, words))), "local_data": local_data}
+
+
+def _image_size(run: RunFiles) -> tuple[int, int] | None:
+    """Height and width of the images that the model sees, in px."""
+    size = run.contents.get(PROCESSOR_FILE, {}).get("size") or {}
+    if "height" in size:
+        return int(size["height"]), int(size["width"])
+    if "pretrained_cfg" in run.config:
+        return tuple(map(int, run.config["pretrained_cfg"]["input_size"][-2:]))
+    return None
+
+
+def _introduction(run: RunFiles) -> Markdown:
+    """What the model is, what it was trained on, and by whom."""
+    weights, teacher = run.keys["model_name_or_path"], run.teacher
+    start = Markdown("from scratch") if weights is None else Markdown("from the weights of ") + training.named(weights)
+    if teacher is None:
+        source = Markdown("the labels alone, without a teacher")
+    else:
+        text = Markdown("the labels and a frozen teacher, {}, by {}" if training.label_weight(run) else "{}, by {}")
+        source = text.format(training.named(teacher["name"], teacher["revision"]), training.method(run))
+    data = training.named(run.dataset["name"], run.dataset["revision"], "datasets/")
+    trained = Markdown("It was trained {} on {:,} images of {}, and learned from {}.")
+    return _description(run) + Markdown(" ") + trained.format(start, run.dataset["train"], data, source)
+
+
+def _description(run: RunFiles) -> Markdown:
+    """Kind, size and shape of the network, as far as its config says."""
+    config = run.config
+    saved = (config.get("architectures") or [run.keys["architecture"] or "DeiT"])[0]
+    # what timm calls a network says more than the class that wraps it
+    fallback = (Markdown("A {}").format(config.get("architecture", saved)), "")
+    kind, head = _ARCHITECTURES.get(saved, fallback)
+    shape = [
+        Markdown(text).format(Markdown(", ").join(value) if isinstance(value, list) else value)
+        for name, text in _SHAPE.items()
+        if (value := config.get(name)) is not None
+    ]
+    if run.evaluation is not None:
+        shape.insert(0, Markdown("{:,} parameters").format(run.evaluation["num_parameters"]))
+    shape += [Markdown(head)] if head else []
+    if config.get("inference_head", "average") != "average":
+        shape.append(Markdown("it answers with {}").format(config["inference_head"]))
+    size = _image_size(run)
+    images = Markdown("images" if size is None else f"{size[0]} x {size[1]} px images")
+    what = Markdown("{} image classifier for {} of {:,} classes").format(
+        Markdown(kind), images, len(run.dataset["label_names"])
+    )
+    return what + (Markdown(" (") + Markdown(", ").join(shape) + Markdown(")") if shape else EMPTY) + Markdown(".")
+
+
+def _limits(run: RunFiles) -> dict[str, Any]:
+    size = _image_size(run)
+    return {
+        "size": None if size is None else Markdown("{} x {} px").format(*size),
+        "data": training.called(run.dataset["name"]),
+        "is_local": run.dataset["revision"] is None,
+        "seed": run.keys["seed"],
+        "is_taught": run.teacher is not None,
+    }
+
+
+def _software(environment: dict[str, Any]) -> Markdown:
+    commit = environment["commit"]
+    return Markdown("version {}{}").format(
+        environment["versions"]["hf_ihb"], EMPTY if commit is None else Markdown(", commit {}").format(commit)
+    )
+
+
+def _methods(run: RunFiles) -> set[str]:
+    """What the run stands on, as the template's list of references calls it."""
+    keys, found = run.keys, set()
+    taught = run.teacher is not None
+    saved = f"{run.config.get('architectures')} {run.config.get('architecture')} {keys['architecture']}".lower()
+    found |= {name for name, mark in _MARKS.items() if mark in saved}
+    measured = (run.metrics or {}).get("teacher") or {}
+    if taught and "dinov2" in f"{run.teacher['name']} {measured.get('class')}".lower():
+        found.add("dinov2")
+    if taught and keys["method"] == "logits":
+        found.add("kd" if keys["distillation_type"] == "soft" else "deit")
+    if taught and keys["method"] == "structural":
+        found |= {part for part in ("cka", "gram", "relation") if keys[f"{part}_weight"] > 0}
+    return found | {part for part in ("attention", "cka") if part in run.analysis}

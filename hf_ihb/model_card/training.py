@@ -1,0 +1,233 @@
+"""How a model was trained, in the words of its card."""
+
+from dataclasses import fields
+from typing import Any
+
+from hf_ihb.arguments import AugmentationArguments, DistillationTrainingArguments, flaws_among
+from hf_ihb.model_card.files import RunFiles, defaults_of, is_hub_id, is_number
+from hf_ihb.model_card.markdown import EMPTY, Markdown, counted, percent
+from hf_ihb.records import HISTORY_FILE
+from hf_ihb.redaction import LOCAL_PREFIX
+
+STRUCTURAL_LOSSES = {"cka": "CKA", "gram": "Gram", "token": "token", "relation": "relation"}
+_CONTROLS = {"none": "", "untrained": "its weights drawn anew", "shuffled": "shown another image of the batch"}
+_VIEWS = {
+    "shared": "shown the stored images, its tokens following the student's augmentation",
+    "clean": "shown the stored images",
+    "identical": "shown the student's augmented images",
+}
+_SCOPES = {"tokens": "the tokens of an image", "pooled": "all tokens of a batch", "images": "the images of a batch"}
+
+
+def called(name: str) -> str:
+    """A published name as a reader knows it."""
+    return name.removeprefix(LOCAL_PREFIX)
+
+
+def named(name: str, revision: str | None = None, kind: str = "") -> Markdown:
+    """A model or data set with where it is: a link where it is a repo of the Hub.
+
+    Args:
+        name: As it is published.
+        revision: Commit on the Hub; None for anything else.
+        kind: ``datasets/`` for a data set.
+    """
+    if name.startswith(LOCAL_PREFIX):
+        return Markdown("{} (a local folder)").format(called(name))
+    if revision is not None and is_hub_id(name):
+        return Markdown("[{}](https://huggingface.co/" + kind + name + ")").format(name)
+    return Markdown("{}").format(name)
+
+
+def pinned(name: str, revision: str | None, kind: str = "") -> Markdown:
+    """`named`, with the whole revision."""
+    at = EMPTY if revision is None else Markdown(" at {}").format(revision)
+    return named(name, revision, kind) + at
+
+
+def parts_of(run: RunFiles) -> list[str]:
+    """The structural losses that a run learned by."""
+    if run.teacher is None or run.keys["method"] != "structural":
+        return []
+    return [part for part in STRUCTURAL_LOSSES if run.keys[f"{part}_weight"] > 0]
+
+
+def method(run: RunFiles) -> Markdown:
+    """What a run with a teacher learned by, in a few words."""
+    if run.keys["method"] == "logits":
+        at = " at temperature {temperature:g}" if run.keys["distillation_type"] == "soft" else ""
+        return Markdown("{kind} logit distillation" + at).format(**run.keys, kind=Markdown("soft" if at else "hard"))
+    losses = [Markdown(STRUCTURAL_LOSSES[part]) for part in parts_of(run)]
+    return Markdown(("a {} loss" if len(losses) == 1 else "{} losses") + " between layers").format(
+        Markdown(" + ").join(losses)
+    )
+
+
+def _loss(run: RunFiles) -> Markdown:
+    """Every part of the loss with its weight."""
+    keys = run.keys
+    label = "cross-entropy on the labels (weight {weight:g}"
+    label += ", smoothing {label_smoothing_factor:g})" if keys["label_smoothing_factor"] else ")"
+    parts = [label]
+    if run.teacher is not None and keys["method"] == "logits":
+        soft = "temperature² x KL divergence to the teacher's class probabilities at temperature {temperature:g}"
+        hard = "cross-entropy to the teacher's decisions"
+        parts.append((soft if keys["distillation_type"] == "soft" else hard) + " (weight {alpha:g})")
+    texts = {
+        "cka": "(1 - CKA) over {scope} ({cka_kernel} kernel, {cka_estimator} estimator, weight {cka_weight:g})",
+        "gram": "distance between Gram matrices of the tokens (weight {gram_weight:g})",
+        "token": "(1 - cosine) of linearly mapped tokens (weight {token_weight:g})",
+        "relation": "divergence between similarities of the images of a batch (weight {relation_weight:g})",
+    }
+    parts += [texts[part] for part in parts_of(run)]
+    scope = Markdown(_SCOPES[keys["cka_scope"]]) if parts_of(run) else EMPTY
+    return Markdown(" + ").join(Markdown(part).format(**keys, weight=label_weight(run), scope=scope) for part in parts)
+
+
+def _layers(run: RunFiles) -> Markdown:
+    """Which layers were compared; empty where none were."""
+    if not parts_of(run):
+        return EMPTY
+    students, teachers = run.keys["student_layers"], run.keys["teacher_layers"] or run.keys["student_layers"]
+    pairs = [Markdown("{} with {}").format(*pair) for pair in zip(students, teachers, strict=True)]
+    return Markdown(", ").join(pairs) + Markdown(" (student's with teacher's, from 0)")
+
+
+def label_weight(run: RunFiles) -> float:
+    """Weight of the cross-entropy on the labels."""
+    if run.teacher is None:
+        return 1.0
+    return 1 - run.keys["alpha"] if run.keys["method"] == "logits" else run.keys["task_loss_weight"]
+
+
+def flaws(run: RunFiles) -> list[Markdown]:
+    """The flaws of the published study that a key of the run repeats."""
+    found = [flaw for arguments in run.argument_classes for flaw in flaws_among(arguments, run.keys)]
+    return [Markdown("{}: ").format(f"{name}={value}") + Markdown(reason) for name, value, reason in found]
+
+
+def training_rows(run: RunFiles) -> list[tuple[str, Markdown]]:
+    """What a run depends on, each with its title; what is not known is left out."""
+    keys, environment = run.keys, run.environment
+    sizes = {split: run.dataset[split] for split in ("train", "validation", "test")}
+    data = pinned(run.dataset["name"], run.dataset["revision"], "datasets/")
+    teacher = run.teacher
+    rows = {
+        "recipe": run.recipe["recipe"] and Markdown("{}").format(run.recipe["recipe"].removeprefix(LOCAL_PREFIX)),
+        "data": data
+        + Markdown(": {train:,} training, {validation:,} validation, {test:,} test images").format(**sizes),
+        "teacher": teacher and pinned(teacher["name"], teacher["revision"]) + _teacher_view(run),
+        "starting weights": keys["model_name_or_path"] and pinned(keys["model_name_or_path"], keys["model_revision"]),
+        "loss": _loss(run),
+        "layers compared": _layers(run),
+        "other settings of the loss": teacher and _changed(run, run.training_class, DistillationTrainingArguments),
+        "length": _length(run),
+        "batch": _batch(run),
+        "optimizer": _optimizer(keys),
+        "learning rate": _learning_rate(keys),
+        "augmentation": _changed(run, AugmentationArguments) or Markdown("none"),
+        "regularisation": _regularisation(keys),
+        "averaged weights": _averaging(keys),
+        "kept": selection(run),
+        "seed": Markdown("{seed} (split of the data: {split_seed})").format(**keys),
+        "precision": _precision(environment["mixed_precision"]),
+        "hardware": _hardware(environment),
+        "time": run.evaluation and Markdown("{:.1f} minutes").format(run.evaluation["train_seconds"] / 60),
+        "`hf_ihb`": environment["commit"] and Markdown("commit {}").format(environment["commit"]),
+        "versions": Markdown(", ").join(f"{package} {number}" for package, number in environment["versions"].items()),
+    }
+    return [(Markdown(title), text) for title, text in rows.items() if text]
+
+
+def _teacher_view(run: RunFiles) -> Markdown:
+    """What the teacher was, and what it saw."""
+    keys, size = run.keys, run.keys["teacher_image_size"]
+    parts = [Markdown(_CONTROLS[keys["teacher_control"]]), Markdown(_VIEWS[keys["teacher_view"]])]
+    if size is not None:
+        parts.append(Markdown("at {0} x {0} px").format(size))
+    return Markdown("").join(Markdown(", ") + part for part in parts if part)
+
+
+def _changed(run: RunFiles, arguments: type, base: type = object) -> Markdown:
+    """Keys of a dataclass, but not of its base, that differ from their defaults and are not in a sentence already."""
+    said = {"alpha", "temperature", "distillation_type", "cka_scope", "cka_kernel", "cka_estimator", "task_loss_weight"}
+    said |= {"method", "student_layers", "teacher_layers", "teacher_view"}
+    said |= {f"{part}_weight" for part in STRUCTURAL_LOSSES}
+    inherited = {f.name for f in fields(base)} if base is not object else set()
+    parts = [
+        Markdown("{}").format(f"{name}={run.keys[name]}")
+        for name, default in defaults_of(arguments).items()
+        if name not in inherited | said and run.keys[name] != default
+    ]
+    return Markdown(", ").join(parts)
+
+
+def _length(run: RunFiles) -> Markdown:
+    keys = run.keys
+    if run.evaluation is None:
+        asked = "{max_steps:,} steps" if keys["max_steps"] > 0 else "{num_train_epochs:g} epochs"
+        return Markdown(asked + " asked for").format(**keys)
+    steps, images = run.evaluation["train_steps"], run.evaluation["num_train_images"]
+    return Markdown("{:,} steps, {:.1f} epochs").format(steps, steps * _images_per_step(run) / images)
+
+
+def _images_per_step(run: RunFiles) -> int:
+    per_device = run.keys["per_device_train_batch_size"] * run.keys["gradient_accumulation_steps"]
+    return per_device * run.environment["num_processes"]
+
+
+def _batch(run: RunFiles) -> Markdown:
+    text = "{:,} images (per device {per_device_train_batch_size}, accumulated {gradient_accumulation_steps}, "
+    processes = run.environment["num_processes"]
+    return Markdown(text + "processes {processes})").format(_images_per_step(run), processes=processes, **run.keys)
+
+
+def _optimizer(keys: dict[str, Any]) -> Markdown:
+    text = "{optim}, weight decay {weight_decay:g} on {decayed}, gradient norm clipped at {max_grad_norm:g}"
+    decayed = "every parameter" if keys["weight_decay_scope"] == "all" else "weight matrices"
+    return Markdown(text).format(**keys, decayed=Markdown(decayed))
+
+
+def _learning_rate(keys: dict[str, Any]) -> Markdown:
+    text, warmup = Markdown("{learning_rate:g}, {lr_scheduler_type} schedule").format(**keys), keys["warmup_steps"]
+    if warmup == 0:
+        return text
+    length = percent(warmup, 0) + Markdown(" of the steps") if warmup < 1 else counted(round(warmup), "step")
+    return text + Markdown(", warm-up over ") + length
+
+
+def _regularisation(keys: dict[str, Any]) -> Markdown:
+    texts = {"drop_path_rate": "drop path {:g}", "cls_token_dropout": "cls-token dropout {:g}"}
+    return Markdown(", ").join(Markdown(text).format(keys[name]) for name, text in texts.items() if keys[name])
+
+
+def _averaging(keys: dict[str, Any]) -> Markdown:
+    if keys["ema_decay"]:
+        return Markdown("exponential moving average, decay {ema_decay:g}").format(**keys)
+    if keys["swa_start"] is not None:
+        return Markdown("SWA from {} of training").format(percent(keys["swa_start"], 0))
+    return EMPTY
+
+
+def _precision(mixed_precision: str | None) -> Markdown:
+    return Markdown("float32") if mixed_precision in (None, "no") else Markdown("{} (mixed)").format(mixed_precision)
+
+
+def _hardware(environment: dict[str, Any]) -> Markdown:
+    threads = counted(environment["cpu_threads"], "CPU thread")
+    return Markdown("{}, ").format(environment["device"]) + threads + Markdown(" a process")
+
+
+def selection(run: RunFiles) -> Markdown:
+    """Which weights were kept, as far as the history says: those of the best evaluation, or the last."""
+    keys = run.keys
+    metric = (keys["metric_for_best_model"] or "loss").removeprefix("eval_")
+    scored = [row for row in run.contents.get(HISTORY_FILE, []) if is_number(row.get(f"eval_{metric}"))]
+    if not keys["load_best_model_at_end"] or not scored:
+        return EMPTY
+    best = (max if keys["greater_is_better"] else min)(scored, key=lambda row: row[f"eval_{metric}"])
+    value = best[f"eval_{metric}"]
+    value = percent(value) if "accuracy" in metric else Markdown("{:.4f}").format(value)
+    text = "the best of {} by {} on the {} split: epoch {:.4g}, {}"
+    count = counted(len(scored), "evaluation")
+    return Markdown(text).format(count, metric, keys["selection_split"], best["epoch"], value)

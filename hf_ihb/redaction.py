@@ -1,0 +1,213 @@
+"""What may not leave this machine: tokens, paths, and the names of local folders."""
+
+import html
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import get_token
+
+# How a folder's name is published; what comes with the package has a name of its own.
+LOCAL_PREFIX, _BUILT_IN_PREFIX = "local:", "sklearn:"
+
+# Keys of a recipe that name a model or data set, and the key beside each that holds its commit.
+_NAMES = {
+    "dataset_name": "dataset_revision",
+    "teacher_model": "teacher_revision",
+    "model_name_or_path": "model_revision",
+    "baseline_model": None,
+}
+# Keys of a recipe that say where a run happened, not how; those of the second line where they are a file's path.
+_MACHINE_KEYS = re.compile(r"run_name|resume_from_checkpoint|local_rank|.*_(?:token|dir|file|folder)")
+_MACHINE_FILES = ("deepspeed", "fsdp_config", "accelerator_config", "parallelism_config")
+# Classes are called what they are called, in the student's config too.
+_CLASS_NAMES = ("label_names", "id2label", "label2id", "label")
+_KEPT = (*_CLASS_NAMES, "recipe")
+_PATH = re.compile(r"(?:/|~|\.{1,2}[\\/]|[A-Za-z]:[\\/]|\\\\|file:).+|~|\.{1,2}", re.DOTALL)
+
+_TOKEN = re.compile(
+    rb"hf_\w{20,}|(?<![A-Za-z0-9])(?:(?:api_org|ghp|gho|github_pat|glpat|xox[abp]|sk)[_-]\w{16,}|AKIA[0-9A-Z]{16})"
+)
+_PASSWORD = re.compile(rb"[a-z][a-z0-9+.-]+://[^\s/:@\"'<>\\\x00-\x1f\x7f-\xff]+:[^\s/:@\"'<>\\\x00-\x1f\x7f-\xff]+@")
+_SECRET_NAMES = re.compile(r".*(?:TOKEN|SECRET|PASSWORD|API_?KEY|ACCESS_KEY)", re.IGNORECASE)
+_MIN_SECRET = 8  # characters; anything shorter would be found in every file
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def publishable(contents: Mapping[str, Any], *, repo_id: str | None = None) -> dict[str, Any]:
+    """The records of a run without anything of this machine.
+
+    A name that was a local folder (its revision is null) becomes ``local:<last component>`` wherever it stands, and so
+    does any other path. Keys that say where a run happened are left out, and text that mentions a folder of this
+    machine is too. Applying it twice changes nothing.
+
+    Args:
+        contents: What the JSON files of one run hold, by file name; nothing is changed in place.
+        repo_id: What the run's own model is called in its metrics and analysis; ``local:<folder>`` if None.
+
+    Returns:
+        The same files.
+    """
+    local, hub = _folders_and_ids(contents)
+    folders = {path for path in machine_folders() if _is_folder(path)}
+
+    def mentions_machine(value: Any) -> bool:
+        """Whether a text that is no path itself holds one of this machine."""
+        text = isinstance(value, str) and not _PATH.fullmatch(value)
+        return text and any(folder in value for folder in folders)
+
+    def clean(value: Any, key: str | None = None) -> Any:
+        if key in _CLASS_NAMES:
+            return value
+        if isinstance(value, Mapping):
+            gone = {name for name, item in value.items() if mentions_machine(item) and name not in _KEPT}
+            return {name: clean(item, name) for name, item in value.items() if name not in gone}
+        if isinstance(value, list):
+            return [clean(item, key) for item in value if not mentions_machine(item)]
+        if not isinstance(value, str) or value.startswith((LOCAL_PREFIX, _BUILT_IN_PREFIX)):
+            return value
+        named = key in _NAMES or key == "name"
+        if named and value in hub:
+            return value
+        # a local name without a separator, such as 'resnet18', may well stand elsewhere with another meaning
+        if value in local and (named or re.search(r"[\\/]", value)):
+            return _local_name(value)
+        return _local_name(value) if _is_path(value, named) else value
+
+    cleaned = {}
+    for file, content in contents.items():
+        cleaned[file] = _without_machine_keys(clean(content), content)
+        own = cleaned[file].get("model") if isinstance(cleaned[file], dict) else None
+        if repo_id is not None and isinstance(own, dict) and "name" in own and own.get("revision") is None:
+            cleaned[file]["model"] = own | {"name": repo_id}
+    return cleaned
+
+
+def find_leaks(data: bytes, *, secrets: Iterable[str], paths: Iterable[str | Path]) -> list[str]:
+    """What a file holds that may not leave, in words that do not repeat it.
+
+    Text is searched as it stands and as JSON, HTML and Markdown write it; a PNG's compressed text is unpacked.
+
+    Args:
+        data: A file's bytes.
+        secrets: Tokens and passwords, at least 8 characters each; shorter ones are left alone.
+        paths: Folders of this machine; the root and relative ones are left alone.
+
+    Returns:
+        A phrase for each kind of thing found; empty for a clean file.
+    """
+    known = [needle for secret in secrets if len(secret) >= _MIN_SECRET for needle in _spellings(secret)]
+    folders = [needle for path in paths if _is_folder(path) for needle in _spellings(str(path).rstrip("/\\"))]
+    searches = {
+        "a secret of this environment": [re.compile(re.escape(needle)) for needle in known],
+        "what looks like a token": [_TOKEN],
+        "a URL with a password": [_PASSWORD],
+        # /root is in /root/x and in file:///root, not in /rooted nor in https://host/root
+        "the path of a folder of this machine": [
+            re.compile(rb"(?<![\w.~-])" + re.escape(needle) + rb"(?![\w-])") for needle in folders
+        ],
+    }
+    views = list(_views(data))
+    return [
+        what for what, patterns in searches.items() if any(pattern.search(v) for pattern in patterns for v in views)
+    ]
+
+
+def secrets_in_effect(*more: str | None) -> set[str]:
+    """The tokens that the Hub's clients would send, whatever the environment calls a secret, and those given."""
+    named = {value for name, value in os.environ.items() if _SECRET_NAMES.fullmatch(name)}
+    return {secret for secret in {get_token(), *named, *more} if secret}
+
+
+def machine_folders(*more: Path) -> set[str]:
+    """Home folder, working folder and those given, as they are called and as they resolve."""
+    folders = (Path.home(), Path.cwd(), *(path.absolute() for path in more))
+    return {str(path) for folder in folders for path in (folder, folder.resolve())}
+
+
+def _folders_and_ids(contents: Mapping[str, Any]) -> tuple[set[str], set[str]]:
+    """Names that were folders, and names that the Hub has resolved."""
+    pairs = [pair for content in contents.values() for pair in _named(content)]
+    hub = {name for name, revision in pairs if revision is not None}
+    built_in = (LOCAL_PREFIX, _BUILT_IN_PREFIX)
+    return {name for name, _ in pairs if name not in hub and not name.startswith(built_in)}, hub
+
+
+def _named(content: Any) -> Iterator[tuple[str, Any]]:
+    """Every name with its revision."""
+    if isinstance(content, Mapping):
+        for name, revision in (("name", "revision"), *_NAMES.items()):
+            if revision in content and isinstance(content.get(name), str):
+                yield content[name], content[revision]
+    children = content.values() if isinstance(content, Mapping) else content if isinstance(content, list) else ()
+    for child in children:
+        yield from _named(child)
+
+
+def _without_machine_keys(cleaned: Any, content: Any) -> Any:
+    """A recipe's record without the keys that say where it ran, and with a path to its file that others can follow."""
+    if not (isinstance(cleaned, dict) and isinstance(cleaned.get("keys"), dict)):
+        return cleaned
+    kept = {
+        name: value
+        for name, value in cleaned["keys"].items()
+        if not (_MACHINE_KEYS.fullmatch(name) or (name in _MACHINE_FILES and isinstance(value, str)))
+    }
+    if isinstance(content.get("recipe"), str):
+        parts = re.split(r"[\\/]", content["recipe"])
+        below_recipes = parts[0] == "recipes" and ".." not in parts
+        cleaned = cleaned | {"recipe": content["recipe"] if below_recipes else parts[-1]}
+    return cleaned | {"keys": kept}
+
+
+def _is_path(value: str, named: bool) -> bool:
+    """Whether a string is a path; a name may be that of a folder here without looking like a path."""
+    return bool(_PATH.fullmatch(value)) or (named and (value.count("/") > 1 or Path(value).is_dir()))
+
+
+def _is_folder(path: str | Path) -> bool:
+    return Path(path).is_absolute() and Path(path) != Path(Path(path).anchor)
+
+
+def _local_name(name: str) -> str:
+    """``local:`` and the last component, where that is a name at all and not the home folder's."""
+    last = re.split(r"[\\/]+", name.rstrip("\\/"))[-1]
+    nameless = not last.strip(".:") or last.startswith("~") or last == Path.home().name
+    return LOCAL_PREFIX + ("unnamed" if nameless else last)
+
+
+def _spellings(text: str) -> set[bytes]:
+    """A text as it is and as JSON writes it."""
+    return {text.encode(), json.dumps(text)[1:-1].encode(), json.dumps(text, ensure_ascii=False)[1:-1].encode()}
+
+
+def _views(data: bytes) -> Iterator[bytes]:
+    """A file's bytes, and its text once more without the escapes of HTML and Markdown."""
+    yield data
+    if data.startswith(_PNG):
+        yield from _unpacked_text(data)
+        return
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return
+    yield html.unescape(re.sub(r"\\([^\w\s])", r"\1", text)).encode()
+
+
+def _unpacked_text(data: bytes) -> Iterator[bytes]:
+    """The compressed text chunks of a PNG."""
+    position = len(_PNG)
+    while position + 12 <= len(data):
+        length, kind = int.from_bytes(data[position : position + 4], "big"), data[position + 4 : position + 8]
+        chunk = data[position + 8 : position + 8 + length]
+        if kind in (b"zTXt", b"iTXt"):
+            for start in (m.start() for m in re.finditer(rb"\x78[\x01\x5e\x9c\xda]", chunk)):
+                try:
+                    yield zlib.decompress(chunk[start:])
+                except zlib.error:  # no compressed text begins here
+                    continue
+        position += 12 + length
