@@ -10,7 +10,7 @@ $(STAMP): setup.cfg pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
-quickstart: $(STAMP)  ## train, distil, evaluate and analyse on scikit-learn's digits, offline
+quickstart: $(STAMP)  ## train, distil, evaluate, analyse and write a model card on scikit-learn's digits, offline
 	PYTHON=$(BIN)/python bash scripts/quickstart.sh
 
 test: $(STAMP)  ## the whole test suite, offline

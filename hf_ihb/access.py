@@ -245,8 +245,17 @@ def _is_unreachable(error: BaseException) -> bool:
     return isinstance(error, (HTTPError, ConnectionError, TimeoutError))
 
 
+def _explains(answered: BaseException, error: BaseException) -> bool:
+    """Whether an answer counts: clients ask for what need not be there, and fail of other things later."""
+    if _response(answered).status_code == 404:
+        while error is not None and error is not answered:
+            error = error.__cause__
+        return error is answered
+    return True
+
+
 def _reason(chain: list[BaseException], name: str, revision: str | None) -> str:
-    answered = next((e for e in chain if _response(e) is not None), None)
+    answered = next((e for e in chain if _response(e) is not None and _explains(e, chain[0])), None)
     if answered is not None:
         return _answer(answered, name, revision)
     network = next((e for e in chain if _is_unreachable(e)), None)

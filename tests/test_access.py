@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import datasets.config
 import pytest
 from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError, Response
+from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError, Response
 
 from hf_ihb import access, redaction
 from hf_ihb.access import explain, fetch_file, pin_revisions, resolve_commit
@@ -159,11 +159,11 @@ def test_data_sets_have_a_switch_of_their_own(repos, monkeypatch):
 # ---- Errors of the clients, wrapped by others ----
 
 
-def http_error(status, token=None):
+def http_error(status, token=None, error_class=HfHubHTTPError, headers=None, path="api/models/me/x"):
     http = importlib.import_module(Response.__module__.partition(".")[0])  # of this version of huggingface_hub
-    headers = {"authorization": f"Bearer {token}"} if token else {}
-    request = http.Request("GET", "http://hub/api/models/me/x", headers=headers)
-    return HfHubHTTPError("x", response=Response(status, request=request))
+    sent = {"authorization": f"Bearer {token}"} if token else {}
+    request = http.Request("GET", f"http://hub/{path}", headers=sent)
+    return error_class("x", response=Response(status, request=request, headers=headers))
 
 
 @pytest.mark.parametrize("linked", ["cause", "context", "twice"])
@@ -184,6 +184,17 @@ def test_the_last_answer_counts():
     error.__context__ = http_error(503)
     error.__context__.__context__ = error  # and a circle ends
     assert "answered 429" in explain(error, "teacher", "me/x")
+
+
+def test_a_file_that_need_not_be_there_explains_nothing():
+    headers = {"X-Error-Code": "EntryNotFound"}
+    absent = http_error(404, error_class=RemoteEntryNotFoundError, headers=headers, path="me/x/resolve/main/x.py")
+    assert "404 (no file 'x.py'; token sent: no)" in explain(absent, "data set", "me/x")
+    error = ValueError("the card is broken")
+    error.__context__ = absent
+    assert explain(error, "data set", "me/x") == "data set 'me/x': the card is broken"
+    error.__cause__ = absent
+    assert "no file 'x.py'" in explain(error, "data set", "me/x")
 
 
 def test_anything_else_is_one_short_line_without_secrets(monkeypatch):

@@ -1,4 +1,5 @@
 import io
+import re
 import shutil
 from pathlib import Path
 
@@ -149,7 +150,7 @@ def test_a_folder_that_holds_no_data_set_is_one_line(folder, tmp_path):
 
 
 def test_a_hub_set_that_cannot_be_reached_is_one_line():
-    with pytest.raises(DataError, match="^data set 'someone/nothing': not in the cache") as error:
+    with pytest.raises(DataError, match=r"^data set 'someone/nothing': not in the cache") as error:
         load("someone/nothing")
     assert "\n" not in str(error.value)
 
@@ -596,9 +597,25 @@ def test_a_data_set_of_the_hub_reads_its_own_files_alone(hub_here, published, fo
     card = f"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {path}\n"
     hub_here.commit(published, {"README.md": f"{card}  - split: test\n    path: test-*\n---\n".encode()}, "dataset")
     hub_here.requests.clear()
-    line = refusal(published)
-    assert "expected files of its repo alone, found" in line or "Unable to find" in line
+    assert re.search("Data files don't belong|files of its repo alone|Unable to find", refusal(published))
     assert not [r.path for r in hub_here.requests if "/object/" in r.path]
+
+
+def test_files_of_elsewhere_are_refused_whatever_the_library_makes_of_them(hub_here, published, folder, monkeypatch):
+    build = datasets.load_dataset_builder
+
+    def build_astray(*args, **options):
+        builder = build(*args, **options)
+        builder.config.data_files["test"][0] = str(folder / "test-00000-of-00001.parquet")
+        return builder
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", build_astray)
+    assert f"expected files of its repo alone, found '{folder}/test-00000-of-00001.parquet'" in refusal(published)
+
+
+def test_a_card_that_cannot_be_read_is_blamed_itself(hub_here, published):
+    hub_here.commit(published, {"README.md": b"---\nconfigs: 3\n---\n"}, "dataset")
+    assert refusal(published).endswith("Expected configs to be a list, but got '3'")
 
 
 @pytest.mark.parametrize("path", ["{here}", "{cache}/../../{name}"])

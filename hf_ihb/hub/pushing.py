@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
-from huggingface_hub.errors import HFValidationError, HTTPError, RevisionNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled, RevisionNotFoundError
 from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id
 from transformers.utils import CONFIG_NAME
 
 from hf_ihb.access import explain
+from hf_ihb.arguments import PublishArguments
 from hf_ihb.errors import HubPushError, RecipeError
 from hf_ihb.hub.staging import is_run_record, is_weights, owned_names, stage_run
 from hf_ihb.records import CARD_FILE, RECIPE_FILE
@@ -77,8 +78,10 @@ def check_push(repo_id: str | None, revision: str | None = None, create_pr: bool
         if repo_id is not None:
             validate_repo_id(repo_id)
     except HFValidationError as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"key 'hub_model_id': expected namespace/name, found '{repo_id}' ({reason})") from error
+        raise RecipeError(
+            "key 'hub_model_id': expected namespace/name of letters, digits, '-', '_' and '.', at most 96, found "
+            f"'{repo_id}'"
+        ) from error
     if create_pr and revision is not None:
         raise RecipeError(
             f"keys 'create_pr' and 'revision' contradict: a pull request goes to the main branch, found '{revision}'"
@@ -166,7 +169,7 @@ def push_run(
     run: Path,
     repo_id: str,
     *,
-    commit_message: str,
+    commit_message: str = PublishArguments.commit_message,
     license: str | None = None,
     weights: Path | None = None,
     card: dict[str, Any] | None = None,
@@ -216,7 +219,8 @@ def push_run(
                 **where,
             )  # fmt: skip
     except HubPushError as error:
-        more = {"license": license, "overwrite": overwrite, "commit_message": commit_message}
+        message = None if commit_message == PublishArguments.commit_message else commit_message
+        more = {"license": license, "overwrite": overwrite, "commit_message": message}
         command = again(run, repo_id, **where, **more)
         raise HubPushError(f"{error}; the run is kept; to push it again: {command}") from error
 
@@ -371,6 +375,8 @@ def _one_line(repo_id: str):
     """Turns whatever the clients raise into a `HubPushError` of one line."""
     try:
         yield
+    except OfflineModeIsEnabled as error:
+        raise HubPushError(f"repo '{repo_id}': the Hub may not be asked (HF_HUB_OFFLINE); unset that") from error
     except _CLIENT_ERRORS as error:
         if str(error).startswith("Invalid metadata in README.md"):
             raise HubPushError(f"repo '{repo_id}': the Hub refused the card: {' '.join(str(error).split())}") from error
@@ -381,12 +387,10 @@ def _may_pass(error: BaseException) -> bool:
     """Whether the same request may succeed later, and the client has not tried that itself."""
     if not isinstance(error, HTTPError):
         return isinstance(error, json.JSONDecodeError)  # a gateway's page in place of an answer
-    response = getattr(error, "response", None)
-    request = response.request if response is not None else getattr(error, "_request", None)
-    path = request.url.path if request is not None else ""
-    if request is not None and (request.method == "PUT" or _REPEATED.search(path)):
+    response, path = getattr(error, "response", None), error.request.url.path
+    if error.request.method == "PUT" or _REPEATED.search(path):
         return False
-    if response is None:
+    if response is None:  # the connection failed or broke off
         return True
     # 409: another commit is being made; 412: the head has moved, and the next attempt sees whether by our own commit
     return (
