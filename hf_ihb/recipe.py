@@ -265,19 +265,20 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _refuse_secrets(argv: Sequence[str]) -> None:
-    """Refuses a secret on the command line, unless it is the value of a token's key, which is written nowhere."""
-    name = None
+    """Refuses a secret on the command line, but for the one value of a token's key, which is written nowhere."""
+    name = ""
     for token in argv:
-        value = token
-        if token.startswith("--"):
+        is_key, value = token.startswith("--"), token
+        if is_key:
             key, equals, value = token[2:].partition("=")
-            name = key.replace("-", "_")
-            value = value if equals else key
-        if _SECRET.search(value) and not (name or "").endswith("_token"):
-            where = "" if name is None else f" key '{_SECRET.sub('***', name)}':"
+            name, value = key.replace("-", "_"), value if equals else key
+        if _SECRET.search(value) and not name.endswith("_token"):
+            where = f" key '{_SECRET.sub('***', name)}':" if name else ""
             raise RecipeError(
                 f"command line:{where} expected no secret; set the HF_TOKEN environment variable, or give --hub_token"
             )
+        if not is_key or equals:
+            name = ""
 
 
 def _check_key(origin: str, name: str, value: Any, owners: dict[str, type]) -> None:

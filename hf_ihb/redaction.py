@@ -26,7 +26,6 @@ _MACHINE_KEYS = re.compile(r"run_name|resume_from_checkpoint|local_rank|.*_(?:to
 _MACHINE_FILES = ("deepspeed", "fsdp_config", "accelerator_config", "parallelism_config")
 # Classes are called what they are called, in the student's config too.
 _CLASS_NAMES = ("label_names", "id2label", "label2id", "label")
-_KEPT = (*_CLASS_NAMES, "recipe")
 _PATH = re.compile(r"(?:/|~|\.{1,2}[\\/]|[A-Za-z]:[\\/]|\\\\|file:).+|~|\.{1,2}", re.DOTALL)
 
 _TOKEN = re.compile(
@@ -47,12 +46,13 @@ def publishable(contents: Mapping[str, Any], *, repo_id: str | None = None) -> d
 
     Args:
         contents: What the JSON files of one run hold, by file name; nothing is changed in place.
-        repo_id: What the run's own model is called in its metrics and analysis; ``local:<folder>`` if None.
+        repo_id: What the run's own model is called, in its metrics and analysis; ``local:<folder>`` if None.
 
     Returns:
         The same files.
     """
     local, hub = _folders_and_ids(contents)
+    own = set() if repo_id is None else _own_names(contents.values())
     folders = {path for path in machine_folders() if _is_folder(path)}
 
     def mentions_machine(value: Any) -> bool:
@@ -64,27 +64,23 @@ def publishable(contents: Mapping[str, Any], *, repo_id: str | None = None) -> d
         if key in _CLASS_NAMES:
             return value
         if isinstance(value, Mapping):
-            gone = {name for name, item in value.items() if mentions_machine(item) and name not in _KEPT}
+            gone = {name for name, item in value.items() if mentions_machine(item) and name not in _CLASS_NAMES}
             return {name: clean(item, name) for name, item in value.items() if name not in gone}
         if isinstance(value, list):
             return [clean(item, key) for item in value if not mentions_machine(item)]
+        if key == "name" and value in own:
+            return repo_id
         if not isinstance(value, str) or value.startswith((LOCAL_PREFIX, _BUILT_IN_PREFIX)):
             return value
         named = key in _NAMES or key == "name"
         if named and value in hub:
             return value
         # a local name without a separator, such as 'resnet18', may well stand elsewhere with another meaning
-        if value in local and (named or re.search(r"[\\/]", value)):
+        if value in local and (named or (re.search(r"[\\/]", value) and key != "hub_model_id")):
             return _local_name(value)
         return _local_name(value) if _is_path(value, named) else value
 
-    cleaned = {}
-    for file, content in contents.items():
-        cleaned[file] = _without_machine_keys(clean(content), content)
-        own = cleaned[file].get("model") if isinstance(cleaned[file], dict) else None
-        if repo_id is not None and isinstance(own, dict) and "name" in own and own.get("revision") is None:
-            cleaned[file]["model"] = own | {"name": repo_id}
-    return cleaned
+    return {file: _without_machine_keys(clean(content), content) for file, content in contents.items()}
 
 
 def find_leaks(data: bytes, *, secrets: Iterable[str], paths: Iterable[str | Path]) -> list[str]:
@@ -132,9 +128,16 @@ def machine_folders(*more: Path) -> set[str]:
 def _folders_and_ids(contents: Mapping[str, Any]) -> tuple[set[str], set[str]]:
     """Names that were folders, and names that the Hub has resolved."""
     pairs = [pair for content in contents.values() for pair in _named(content)]
-    hub = {name for name, revision in pairs if revision is not None}
+    hub = {name for name, revision in pairs if revision is not None and not _PATH.fullmatch(name)}
     built_in = (LOCAL_PREFIX, _BUILT_IN_PREFIX)
     return {name for name, _ in pairs if name not in hub and not name.startswith(built_in)}, hub
+
+
+def _own_names(contents: Iterable[Any]) -> set[str]:
+    """What the run's own model is called in its metrics and analysis, unless they are of a model on the Hub."""
+    records = [content.get("model") for content in contents if isinstance(content, Mapping) and "keys" not in content]
+    own = [record for record in records if isinstance(record, Mapping) and record.get("revision") is None]
+    return {record["name"] for record in own if isinstance(record.get("name"), str)}
 
 
 def _named(content: Any) -> Iterator[tuple[str, Any]]:
@@ -176,7 +179,7 @@ def _is_folder(path: str | Path) -> bool:
 def _local_name(name: str) -> str:
     """``local:`` and the last component, where that is a name at all and not the home folder's."""
     last = re.split(r"[\\/]+", name.rstrip("\\/"))[-1]
-    nameless = not last.strip(".:") or last.startswith("~") or last == Path.home().name
+    nameless = re.fullmatch(r"\.*|~.*|[A-Za-z]:", last) or last == Path.home().name
     return LOCAL_PREFIX + ("unnamed" if nameless else last)
 
 
@@ -195,7 +198,7 @@ def _views(data: bytes) -> Iterator[bytes]:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
         return
-    yield html.unescape(re.sub(r"\\([^\w\s])", r"\1", text)).encode()
+    yield html.unescape(re.sub(r"\\([^A-Za-z0-9\s])", r"\1", text)).encode()
 
 
 def _unpacked_text(data: bytes) -> Iterator[bytes]:

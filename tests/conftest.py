@@ -24,7 +24,12 @@ os.environ.update(
 for _name in ("HF_TOKEN", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
     os.environ.pop(_name, None)
 
+import json  # noqa: E402
+import runpy  # noqa: E402
 import shutil  # noqa: E402
+import sys  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+from pathlib import Path  # noqa: E402
 from types import SimpleNamespace  # noqa: E402
 
 import datasets.config  # noqa: E402
@@ -32,9 +37,11 @@ import huggingface_hub.utils._http  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
+from transformers.utils import logging  # noqa: E402
 
 from tests.hub_server import HubServer  # noqa: E402
 
+ROOT = Path(__file__).parents[1]
 TOKEN = "hf_" + "canary" * 5  # of the user "me", who writes to namespace "me"
 
 
@@ -89,3 +96,32 @@ def hub_env(hub, tmp_path):
     dropped = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "PYTHONPATH")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return kept | {"HF_HOME": str(tmp_path / "hf_home_of_a_process"), "HF_TOKEN": TOKEN}
+
+
+@dataclass
+class Done:
+    """How a script ended and what it said."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch, capsys):
+    def run(name, recipe, *overrides):
+        path = tmp_path / "recipe.json"
+        if recipe is not None:
+            path.write_text(recipe if isinstance(recipe, str) else json.dumps(recipe))
+        first = [] if recipe is None else [str(path)]
+        monkeypatch.setattr(sys, "argv", [name, *first, *overrides])
+        monkeypatch.chdir(tmp_path)
+        logging.set_verbosity_error()
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+        return Done(code, *capsys.readouterr())
+
+    return run

@@ -119,6 +119,7 @@ def test_a_token_of_the_login_is_never_shown(repos, monkeypatch, tmp_path):
     repos.fail("GET", "/api/", 403, headers={"X-Error-Message": "not with plaincanarytoken"})
     assert "no right to this: not with ***" in refused("other/open")
     assert repos.requests[0].headers["authorization"] == "Bearer plaincanarytoken"
+    assert explain(OSError("no plaincanarytoken"), "teacher", "me/x") == "teacher 'me/x': no ***"
 
 
 def test_a_hub_that_is_not_there_is_said_to_be_so(repos, monkeypatch):

@@ -615,7 +615,7 @@ def test_files_of_elsewhere_are_refused_whatever_the_library_makes_of_them(hub_h
 
 def test_a_card_that_cannot_be_read_is_blamed_itself(hub_here, published):
     hub_here.commit(published, {"README.md": b"---\nconfigs: 3\n---\n"}, "dataset")
-    assert refusal(published).endswith("Expected configs to be a list, but got '3'")
+    assert re.search(r"': .*configs.* list", line := refusal(published)), line
 
 
 @pytest.mark.parametrize("path", ["{here}", "{cache}/../../{name}"])

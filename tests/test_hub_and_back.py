@@ -18,8 +18,8 @@ from transformers import AutoModelForImageClassification, BitImageProcessor, Din
 from hf_ihb.arguments import DataArguments
 from hf_ihb.data import load_image_split
 from hf_ihb.metrics import Accuracy
-from tests.conftest import TOKEN
-from tests.test_scripts import ROOT, STUDENT, script  # noqa: F401  `script` is a fixture
+from tests.conftest import ROOT, TOKEN
+from tests.test_scripts import STUDENT
 
 REPO = "me/student"
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")
@@ -39,7 +39,7 @@ print(json.dumps(found))
 
 
 @pytest.fixture
-def pushed(hub_here, script, tmp_path):  # noqa: F811
+def pushed(hub_here, script, tmp_path):
     """A run of digits that has been pushed, and what the script said."""
     teacher = {key: value for key, value in STUDENT.items() if key not in SHAPE} | {
         "architecture": "resnet18_cifar_w16"
@@ -61,7 +61,7 @@ def read(path):
     return json.loads(Path(path).read_text("utf-8"))
 
 
-def test_a_student_goes_to_the_hub_and_comes_back_the_same(pushed, hub, hub_env, script, tmp_path):  # noqa: F811
+def test_a_student_goes_to_the_hub_and_comes_back_the_same(pushed, hub, hub_env, script, tmp_path):
     run, files = tmp_path / "run", hub.files(REPO)
     assert files["model.safetensors"] == (run / "model.safetensors").read_bytes()
     metrics, analysis = read(run / "metrics.json"), read(run / "analysis.json")
@@ -116,10 +116,10 @@ def test_a_student_goes_to_the_hub_and_comes_back_the_same(pushed, hub, hub_env,
 
 def test_a_push_carries_the_evidence_and_nothing_of_the_machine(pushed, hub, tmp_path):
     files = hub.files(REPO)
-    plots = {f"plots/{name}.png" for name in ("attention_distance", "attention_statistics", "attention_maps", "cka_linear",
-                                              "cka_rbf", "confusion_matrix")}  # fmt: skip
-    records = {f"{name}.json" for name in ("config", "preprocessor_config", "recipe", "training_history", "evaluation",
-                                           "metrics", "analysis")}  # fmt: skip
+    shown = "attention_distance attention_statistics attention_maps cka_linear cka_rbf confusion_matrix"
+    plots = {f"plots/{name}.png" for name in shown.split()}
+    kept = "config preprocessor_config recipe training_history evaluation metrics analysis"
+    records = {f"{name}.json" for name in kept.split()}
     assert files.keys() == plots | records | {".gitattributes", "README.md", "model.safetensors"}
     card = files["README.md"].decode()
     for part in ("matched control", "## Attention distance", "plots/cka_linear.png", "`teacher`"):
@@ -131,7 +131,7 @@ def test_a_push_carries_the_evidence_and_nothing_of_the_machine(pushed, hub, tmp
     assert f"pushed to {hub.endpoint}/{REPO}/commit/{hub.history(REPO)[0]}" in pushed.stdout
 
 
-def test_a_push_that_fails_keeps_the_run_and_ends_with_the_command(hub_here, script, tmp_path, monkeypatch):  # noqa: F811
+def test_a_push_that_fails_keeps_the_run_and_ends_with_the_command(hub_here, script, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_ihb.hub.pushing.time.sleep", lambda seconds: None)
     hub_here.fail("POST", "/commit/", status=503, times=1000)
     done = script("train.py", STUDENT, "--output_dir", "run", *PUSH, "--hub_strategy", "end")
@@ -170,9 +170,8 @@ def test_the_main_command_runs_against_a_hub_and_pins_what_it_resolved(hub, hub_
     teacher = hub.add_folder("facebook/dinov2-small", tmp_path / "dinov2")
 
     command = ["accelerate", "launch", "--cpu", "scripts/distill.py", "recipes/cka.json", "--max_steps", "20"]
-    small = {"use_cpu": "true", "per_device_train_batch_size": "8", "output_dir": str(tmp_path / "run"), "report_to": "none",
-             "hidden_size": "24", "num_attention_heads": "2"}  # fmt: skip
-    command += [word for key, value in small.items() for word in (f"--{key}", value)]
+    command += ["--use_cpu", "true", "--per_device_train_batch_size", "8", "--output_dir", str(tmp_path / "run")]
+    command += ["--report_to", "none", "--hidden_size", "24", "--num_attention_heads", "2"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{hub_env['PATH']}"
     done = subprocess.run(
         command,

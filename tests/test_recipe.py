@@ -340,6 +340,81 @@ def test_a_secret_in_any_value_is_refused_and_not_shown(value):
 
 
 @pytest.mark.parametrize(
+    "value",
+    [
+        "hf_" + "b" * 34,
+        "--hf_" + "b" * 34,
+        "https://me:bbbbbb@host/repo",
+        "x:hf_" + "b" * 34,
+        "ghp_" + "b" * 36,
+        "github_pat_" + "b" * 40,
+        "AKIA" + "B" * 16,
+    ],
+)
+@pytest.mark.parametrize("form", ["{}", "--dataset_name {}", "--dataset_name={}", "--datset_name {}", "--seed {}"])
+def test_a_secret_on_the_command_line_is_refused_and_not_shown(form, value):
+    cli = form.format(value).split()
+    lines = [refusal({}, *cli, classes=TRAIN)]
+    for argv in (["m", *cli], cli):
+        with pytest.raises(RecipeError, match="command line:") as error:
+            models(*argv)
+        lines.append(str(error.value))
+    for line in lines:
+        assert "expected no secret" in line
+        assert "HF_TOKEN" in line
+        assert "bbbb" not in line.lower()
+
+
+@pytest.mark.parametrize("cli", [("--hub_token", "{}"), ("--hub_token={}",), ("--hub-token", "{}")])
+def test_the_token_of_transformers_may_stand_on_the_command_line_and_is_not_shown(cli):
+    token = "hf_" + "b" * 34
+    given = [part.format(token) for part in cli]
+    if cli[0] != "--hub-token":
+        assert parse({}, *given, classes=TRAIN)[-1].hub_token == token
+    assert "bbbb" not in refusal({}, *given, "--seed", "x", classes=TRAIN)
+    assert "bbbb" not in refusal({}, *given, "--sed", "1", classes=TRAIN)
+    assert "bbbb" not in refusal({"seed": -1}, *given, classes=TRAIN)
+    for more in (["--seed", token], [token], [f"--x={token}"]):
+        assert "expected no secret" in refusal({}, *given, *more, classes=TRAIN)
+
+
+@pytest.mark.parametrize("value", ["a" * 40, "me/hf_model", "https://hub/me/x", "hf_hub_download", "user@host:/data"])
+def test_what_is_no_secret_is_let_through(value):
+    assert parse({}, "--dataset_name", value)[0].dataset_name == value
+    assert parse({"dataset_name": value})[0].dataset_name == value
+
+
+def test_a_secret_within_a_value_or_a_key_of_a_recipe_is_refused_and_not_shown():
+    token = "hf_" + "b" * 34
+    for recipe in ({"accelerator_config": {"deep": [token]}}, {"report_to": ["none", token]}, {token: token}):
+        line = refusal(recipe, classes=TRAIN)
+        assert "expected no secret in a recipe" in line
+        assert "bbbb" not in line
+
+
+def test_no_secret_is_shown_before_the_method_is_known():
+    with pytest.raises(RecipeError, match="command line: key 'method': expected no secret") as error:
+        peek([write({}), "--method", "hf_" + "b" * 34], "method", METHODS)
+    assert "bbbb" not in str(error.value)
+
+
+REVISIONS = {"dataset_name": "dataset_revision", "teacher_model": "teacher_revision"}
+
+
+@pytest.mark.parametrize(("name", "revision"), REVISIONS.items())
+def test_a_revision_of_the_recipe_goes_with_its_name(name, revision):
+    recipe = NEEDED | {name: "me/old", revision: "v1"}
+    for cli, expected in (
+        ([], "v1"),
+        ([f"--{name}", "me/old"], "v1"),
+        ([f"--{name}", "me/new"], None),
+        ([f"--{name}=me/new", f"--{revision}", "v2"], "v2"),
+        ([f"--{revision}=v2"], "v2"),
+    ):
+        assert as_values(parse(recipe, *cli, classes=DISTILL["structural"]))[revision] == expected
+
+
+@pytest.mark.parametrize(
     ("cli", "name", "found"),
     [
         (("--mixup_alpha", "nan"), "mixup_alpha", "nan"),
@@ -540,6 +615,18 @@ def test_the_command_line_beats_what_the_model_was_trained_on_and_that_beats_the
     assert (data.dataset_name, data.split_seed, data.train_split) == ("mine", 5, "train")
     assert args.batch_size == 7
     assert args.output_dir is None
+
+
+def test_the_commit_that_was_asked_for_defaults_is_the_one_that_is_measured():
+    def defaults(name, revision):
+        return {"dataset_name": "me/set", "dataset_revision": "v1", "model_revision": f"commit of {revision}"}
+
+    for cli, expected in (([], "commit of None"), (["--model_revision", "v3"], "commit of v3")):
+        assert models("me/x", *cli, defaults=defaults)[2].model_revision == expected
+    data = models("me/x", "--dataset_name", "me/other", defaults=defaults)[1]
+    assert (data.dataset_name, data.dataset_revision) == ("me/other", None)
+    classes = (DataArguments, AnalysisArguments)
+    assert models("--compare", "a", classes=classes, defaults=defaults)[2].model_revision is None
 
 
 def test_compared_models_stand_in_for_the_first_argument():

@@ -1,9 +1,6 @@
 """What a person sees of the scripts: exit codes, one line for a mistake, and nothing written by it."""
 
 import json
-import runpy
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,7 +17,6 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
-from transformers.utils import logging
 
 ROOT = Path(__file__).parents[1]
 STUDENT = {
@@ -29,35 +25,6 @@ STUDENT = {
     "report_to": "none", "use_cpu": True, "disable_tqdm": True,
 }  # fmt: skip
 TAUGHT = {**STUDENT, "method": "logits"}
-
-
-@dataclass
-class Done:
-    """How a script ended and what it said."""
-
-    code: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def script(tmp_path, monkeypatch, capsys):
-    def run(name, recipe, *overrides):
-        path = tmp_path / "recipe.json"
-        if recipe is not None:
-            path.write_text(recipe if isinstance(recipe, str) else json.dumps(recipe))
-        first = [] if recipe is None else [str(path)]
-        monkeypatch.setattr(sys, "argv", [name, *first, *overrides])
-        monkeypatch.chdir(tmp_path)
-        logging.set_verbosity_error()
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
-        except SystemExit as end:
-            code = end.code or 0
-        return Done(code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from hf_ihb.errors import DataError
 from hf_ihb.model_card import evidence, training
 from hf_ihb.model_card.files import CONFIG_FILE, PROCESSOR_FILE, WEIGHTS_FILE, RunFiles, read_run
 from hf_ihb.model_card.header import CardOptions, answering_accuracy, header_of, title_of
-from hf_ihb.model_card.markdown import EMPTY, Markdown, listing, table, to_markdown, visible
+from hf_ihb.model_card.markdown import EMPTY, Markdown, code, listing, table, to_markdown, visible
 from hf_ihb.records import ANALYSIS_FILE, EVALUATION_FILE, HISTORY_FILE, METRICS_FILE, PLOTS, RECIPE_FILE
 from hf_ihb.redaction import LOCAL_PREFIX
 
@@ -111,8 +111,9 @@ def _body(run: RunFiles, options: CardOptions) -> str:
 
 
 def _plain_or_code(name: str) -> Markdown:
-    """A name as plain text where it is a tame one."""
-    return Markdown(name if re.fullmatch(r"[A-Za-z0-9]+(?:[-_ ][A-Za-z0-9]+)*", name) else Markdown("{}").format(name))
+    """A name as plain text where it is a tame one, no longer than a repo's."""
+    is_tame = re.fullmatch(r"[A-Za-z0-9]+(?:[-_ ][A-Za-z0-9]+)*", name) and len(name) <= 96
+    return Markdown(name) if is_tame else code(name)
 
 
 def _usage(run: RunFiles, source: str) -> dict[str, Any]:

@@ -109,13 +109,13 @@ def flaws(run: RunFiles) -> list[Markdown]:
 def training_rows(run: RunFiles) -> list[tuple[str, Markdown]]:
     """What a run depends on, each with its title; what is not known is left out."""
     keys, environment = run.keys, run.environment
-    sizes = {split: run.dataset[split] for split in ("train", "validation", "test")}
+    titles = {"train": "training", "validation": "validation", "test": "test"}
+    sizes = [Markdown(f"{{:,}} {title}").format(n) for split, title in titles.items() if (n := run.dataset[split])]
     data = pinned(run.dataset["name"], run.dataset["revision"], "datasets/")
     teacher = run.teacher
     rows = {
         "recipe": run.recipe["recipe"] and Markdown("{}").format(run.recipe["recipe"].removeprefix(LOCAL_PREFIX)),
-        "data": data
-        + Markdown(": {train:,} training, {validation:,} validation, {test:,} test images").format(**sizes),
+        "data": data + Markdown(": ") + Markdown(", ").join(sizes) + Markdown(" images"),
         "teacher": teacher and pinned(teacher["name"], teacher["revision"]) + _teacher_view(run),
         "starting weights": keys["model_name_or_path"] and pinned(keys["model_name_or_path"], keys["model_revision"]),
         "loss": _loss(run),
