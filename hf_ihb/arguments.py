@@ -467,8 +467,8 @@ class PublishArguments(_Checked):
     _argument_group_name = "publishing"
 
     hub_model_id: str | None = key(None, "Repo to push to, such as me/deit-tiny-cka; made where there is none.")
-    private: bool | None = key(
-        None, "Make the repo private when it is made; the owner's default if not given. An existing one stays as it is."
+    private: bool = key(
+        False, "Make the repo private when it is made; otherwise the owner's default holds. An existing one stays."
     )
     revision: str | None = key(None, "Branch to push to, made where there is none; the main branch if not given.")
     create_pr: bool = key(False, "Open a pull request instead of committing to the branch.")

@@ -202,11 +202,13 @@ def _views(data: bytes) -> Iterator[bytes]:
 
 
 def _unpacked_text(data: bytes) -> Iterator[bytes]:
-    """The compressed text chunks of a PNG."""
+    """The text chunks of a PNG, each by itself: a checksum follows it at once; compressed ones unpacked."""
     position = len(_PNG)
     while position + 12 <= len(data):
         length, kind = int.from_bytes(data[position : position + 4], "big"), data[position + 4 : position + 8]
         chunk = data[position + 8 : position + 8 + length]
+        if kind in (b"tEXt", b"iTXt"):
+            yield chunk
         if kind in (b"zTXt", b"iTXt"):
             for start in (m.start() for m in re.finditer(rb"\x78[\x01\x5e\x9c\xda]", chunk)):
                 try:

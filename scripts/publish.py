@@ -1,6 +1,6 @@
 """Push a finished run to the Hub in one commit: student, image processor, card, plots, records.
 
-python scripts/publish.py outputs/cka --hub_model_id me/deit-tiny-cka [--private true] [--create_pr true]
+python scripts/publish.py outputs/cka --hub_model_id me/deit-tiny-cka [--private] [--create_pr]
 python scripts/publish.py outputs/cka --dry_run
 
 RUN is the folder of a finished run. Its optimizer state, distillation heads and checkpoints are never pushed, and no
@@ -52,7 +52,7 @@ def push(run: Path, args: PublishArguments) -> None:
         args.hub_model_id,
         commit_message=args.commit_message,
         license=args.license,
-        private=args.private,
+        private=args.private or None,
         revision=args.revision,
         create_pr=args.create_pr,
         overwrite=args.overwrite,

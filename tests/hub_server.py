@@ -706,7 +706,8 @@ def _handler(hub: HubServer, host: str) -> type[BaseHTTPRequestHandler]:
         def _answer(self) -> None:
             fault = hub.next_fault(self.command, self.path)
             if fault is not None and fault.act == "drop":
-                self.rfile.read1(1024)
+                if {"Content-Length", "Transfer-Encoding"} & set(self.headers):  # some of the body has come
+                    self.rfile.read1(1024)
                 return self._reset()
             request = Request(
                 self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, self._read(), host

@@ -387,8 +387,11 @@ def _may_pass(error: BaseException) -> bool:
     """Whether the same request may succeed later, and the client has not tried that itself."""
     if not isinstance(error, HTTPError):
         return isinstance(error, json.JSONDecodeError)  # a gateway's page in place of an answer
-    response, path = getattr(error, "response", None), error.request.url.path
-    if error.request.method == "PUT" or _REPEATED.search(path):
+    response = getattr(error, "response", None)
+    # an error of huggingface_hub's own has its request in the answer alone, one of a connection may have none
+    request = getattr(error, "_request", None) if response is None else response.request
+    path = "" if request is None else request.url.path
+    if request is not None and (request.method == "PUT" or _REPEATED.search(path)):
         return False
     if response is None:  # the connection failed or broke off
         return True
