@@ -102,7 +102,7 @@ def find_leaks(data: bytes, *, secrets: Iterable[str], paths: Iterable[str | Pat
         "a secret of this environment": [re.compile(re.escape(needle)) for needle in known],
         "what looks like a token": [_TOKEN],
         "a URL with a password": [_PASSWORD],
-        # /root is in /root/x and in file:///root, not in /rooted nor in https://host/root
+        # /home/x is in /home/x/y and in file:///home/x, not in /home/xy nor in https://host/home/x
         "the path of a folder of this machine": [
             re.compile(rb"(?<![\w.~-])" + re.escape(needle) + rb"(?![\w-])") for needle in folders
         ],

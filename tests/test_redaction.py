@@ -196,7 +196,7 @@ def test_a_path_is_found_as_json_html_and_markdown_write_it(spell):
 @pytest.mark.parametrize(
     "text",
     [
-        "https://hub.example/home/path-canary/x", f"{HOME}s/x", f"{HOME}-2", "/root", "hf_ihb", "hf_home = 1",
+        "https://hub.example/home/path-canary/x", f"{HOME}s/x", f"{HOME}-2", "/opt", "hf_ihb", "hf_home = 1",
         "https://host/a:b@c", "mailto:me@host", "https://me@host/x", "short", "mask_token_of_the_student_is_long",
     ],
 )  # fmt: skip

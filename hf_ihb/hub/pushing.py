@@ -215,9 +215,14 @@ def push_run(
                 staged = Path(parent, "named")
                 stage_run(run, staged, **how | {"repo_id": repo_id})
             return push_staged(
-                staged, repo_id, commit_message=commit_message, token=token, overwrite=overwrite, patience=patience,
+                staged,
+                repo_id,
+                commit_message=commit_message,
+                token=token,
+                overwrite=overwrite,
+                patience=patience,
                 **where,
-            )  # fmt: skip
+            )
     except HubPushError as error:
         message = None if commit_message == PublishArguments.commit_message else commit_message
         more = {"license": license, "overwrite": overwrite, "commit_message": message}
