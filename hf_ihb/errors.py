@@ -43,6 +43,12 @@ class CheckpointError(HfIhbError):
     exit_code = 4
 
 
+class CacheError(HfIhbError):
+    """A cache that cannot be written, or does not hold what it was made of."""
+
+    exit_code = 4
+
+
 class HubPushError(HfIhbError):
     """A push to the Hub that failed; what was to be pushed is still where it was."""
 
