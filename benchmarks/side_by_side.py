@@ -99,7 +99,7 @@ def bar(number: int, what: str, wanted: str, found: Mapping[str, Any]) -> dict[s
 
 def bars_table(bars: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table of bars."""
-    rows = []
+    rows = [["bar", "what", "wanted", "median", "95 % interval", "rounds", "met"]]
     for found in bars:
         low, high = found.get("interval", (math.nan, math.nan))
         rows.append(
@@ -113,7 +113,7 @@ def bars_table(bars: Sequence[Mapping[str, Any]]) -> str:
                 "yes" if found["met"] else "**no**",
             ]
         )
-    return markdown_table(["bar", "what", "wanted", "median", "95 % interval", "rounds", "met"], rows)
+    return markdown_table(rows)
 
 
 def machine_note(device: torch.device) -> str:
