@@ -569,6 +569,12 @@ class DistillationTrainingArguments(SupervisedTrainingArguments):
     distillation_warmup_type: Literal["linear", "step"] = key(
         "linear", "How distillation losses reach their weight over their warm-up epochs."
     )
+    teacher_cache_dir: str | None = key(
+        None, "Folder of teacher caches, shared by runs; 'hf_ihb/teacher_cache' in HF_HOME if not given."
+    )
+    teacher_dtype: Literal["auto", "float32", "bfloat16"] = key(
+        "auto", "Precision of the teacher's weights; 'auto': bfloat16 where training runs in it, float32 elsewhere."
+    )
 
 
 @dataclass
@@ -601,6 +607,19 @@ class LogitDistillationTrainingArguments(DistillationTrainingArguments):
     teacher_view: Literal["identical", "clean"] = key(
         "identical", "The teacher sees the student's augmented image ('identical') or the stored one ('clean')."
     )
+    teacher_cache: Literal["auto", "off", "logits"] = key(
+        "auto",
+        "Ask the teacher once for each training image and keep its scores on disk ('logits', for teacher_view 'clean'), "
+        "in every step ('off'), or whichever needs fewer teacher forwards ('auto').",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher_cache == "logits" and self.teacher_view == "identical":
+            raise ValueError(
+                "keys 'teacher_cache' and 'teacher_view' contradict: the teacher sees a new image in every epoch, "
+                "expected teacher_view 'clean' or teacher_cache 'off'"
+            )
 
     def check_with(self, others: Iterable[Any]) -> None:
         """Refuses what contradicts other arguments of the run.
@@ -700,6 +719,12 @@ class StructuralDistillationTrainingArguments(DistillationTrainingArguments):
     teacher_statistics_samples: int = key(
         1024, "Training images from which the teacher's feature statistics are taken.", within=Range(2), unit="images"
     )
+    teacher_cache: Literal["auto", "off", "tokens", "gram"] = key(
+        "auto",
+        "Ask the teacher once for each training image and keep on disk its tokens ('tokens') or their inner products "
+        "('gram', enough for CKA and Gram losses over tokens and far smaller); ask in every step ('off'); or the "
+        "smallest that will do, where it saves teacher forwards ('auto').",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -710,6 +735,16 @@ class StructuralDistillationTrainingArguments(DistillationTrainingArguments):
             )
         if not self.student_layers:
             raise ValueError("key 'student_layers': expected at least one block, found []")
+        if self.teacher_cache in ("tokens", "gram") and self.teacher_view == "identical":
+            raise ValueError(
+                "keys 'teacher_cache' and 'teacher_view' contradict: the teacher sees a new image in every epoch, "
+                "expected teacher_view 'shared' or 'clean', or teacher_cache 'off'"
+            )
+        if self.teacher_cache == "gram" and (need := self.needs_teacher_tokens()) is not None:
+            raise ValueError(
+                f"keys 'teacher_cache' and '{need}' contradict: inner products of an image's tokens are not enough, "
+                "expected teacher_cache 'tokens'"
+            )
         if self.cka_weight == self.gram_weight == self.token_weight == self.relation_weight == 0:
             raise ValueError(
                 "keys 'cka_weight', 'gram_weight', 'token_weight' and 'relation_weight': expected one of them to be "
@@ -721,3 +756,11 @@ class StructuralDistillationTrainingArguments(DistillationTrainingArguments):
             raise ValueError(
                 "keys 'cka_estimator' and 'cka_scope' contradict: 'published' compares tokens or images, linearly"
             )
+
+    def needs_teacher_tokens(self) -> str | None:
+        """The key because of which inner products within an image are not all that the losses need of the teacher."""
+        if self.teacher_projector == "trainable":
+            return "teacher_projector"
+        if self.cka_weight > 0 and self.cka_scope != "tokens":
+            return "cka_scope"
+        return next((f"{name}_weight" for name in ("token", "relation") if getattr(self, f"{name}_weight") > 0), None)

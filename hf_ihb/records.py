@@ -51,13 +51,18 @@ def environment(device: torch.device, *, num_processes: int = 1, mixed_precision
     )
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        "versions": {"python": platform.python_version()} | library_versions(*_PACKAGES),
         "commit": commit.stdout.strip() or None,
         "device": gpu or _cpu_name(),
         "cpu_threads": torch.get_num_threads(),
         "num_processes": num_processes,
         "mixed_precision": mixed_precision,
     }
+
+
+def library_versions(*names: str) -> dict[str, str]:
+    """Versions of installed packages."""
+    return {name: version(name) for name in names}
 
 
 def _cpu_name() -> str:

@@ -1,5 +1,8 @@
 """Similarity of representations: HSIC, CKA and Gram distance, in float32 whatever the autocast state.
 
+Where one side is a `TokenGram`, its features are known by their inner products alone. These may have been stored in
+half precision: what centring leaves of them counts as zero below the rounding of that.
+
 Where rows are spread over processes, `reduce` sums a tensor over them (and is differentiable); everything that depends
 on all rows then is a sum of what each process computes from its own.
 """
@@ -11,25 +14,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_ihb.functional.gram import TokenGram
+
 Estimator = Literal["biased", "debiased"]
 Reduce = Callable[[Tensor], Tensor]
 
 # Centred features smaller than this share of the raw ones are rounding noise: the features are constant.
 _CONSTANT = 1e-6
+_CONSTANT_GRAM = 1e-3
 
 
-def _check_paired(x: Tensor, y: Tensor, mask: Tensor | None) -> None:
-    if x.ndim < 2 or x.shape[:-1] != y.shape[:-1]:
-        raise ValueError(f"features must be paired (..., N, width), got {tuple(x.shape)} and {tuple(y.shape)}")
+def _check_paired(x: Tensor, y: Tensor | TokenGram, mask: Tensor | None) -> None:
+    shape = y.centered.shape if isinstance(y, TokenGram) else y.shape
+    if x.ndim < 2 or x.shape[:-1] != shape[:-1]:
+        raise ValueError(f"features must be paired (..., N, width), got {tuple(x.shape)} and {tuple(shape)}")
     if mask is not None and mask.shape != x.shape[:-1]:
         raise ValueError(f"mask must be {tuple(x.shape[:-1])}, got {tuple(mask.shape)}")
 
 
-def _checked(x: Tensor, y: Tensor, mask: Tensor | None, estimator: str) -> tuple[Tensor, Tensor]:
+def _checked(
+    x: Tensor, y: Tensor | TokenGram, mask: Tensor | None, estimator: str
+) -> tuple[Tensor, Tensor | TokenGram]:
     """Both sides in one dtype, float32 or float64."""
     _check_paired(x, y, mask)
     if estimator not in ("biased", "debiased"):
         raise ValueError(f"estimator must be 'biased' or 'debiased', got {estimator!r}")
+    if isinstance(y, TokenGram):
+        dtype = torch.promote_types(_float(x).dtype, _float(y.centered).dtype)
+        return x.to(dtype), TokenGram(*(part.to(dtype) for part in y))
     dtype = torch.promote_types(_float(x).dtype, _float(y).dtype)
     return x.to(dtype), y.to(dtype)
 
@@ -85,6 +97,29 @@ def centered_gram(x: Tensor, mask: Tensor | None = None) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         centered = _centered(_float(x), mask)
         return centered @ centered.mT
+
+
+def _centered_features_gram(x: Tensor | TokenGram, mask: Tensor | None) -> Tensor:
+    """``(..., N, N)`` inner products of centred features, up to scale."""
+    if not isinstance(x, TokenGram):
+        centered = _centered(x, mask)
+        return centered @ centered.mT
+    # subtracting any vector from the features leaves what is centred here as it is
+    centered = _centered_kernel(x.centered, mask)
+    largest = [g.abs().amax(dim=(-2, -1), keepdim=True) for g in (centered, x.centered)]
+    return torch.where(largest[0] <= _CONSTANT_GRAM * largest[1], 0, centered)
+
+
+def _centered_kernel(kernel: Tensor, mask: Tensor | None) -> Tensor:
+    """``H K H`` over the rows and columns that take part, 0 in the others."""
+    if mask is None:
+        rows = kernel.mean(dim=-1, keepdim=True)
+        return kernel - rows - rows.mT + rows.mean(dim=-2, keepdim=True)
+    kept = mask.to(kernel.dtype)[..., None]
+    count = kept.sum(dim=-2, keepdim=True).clamp_min(1)
+    rows = kernel @ kept / count
+    center = (rows * kept).sum(dim=-2, keepdim=True) / count
+    return (kernel - rows - rows.mT + center) * kept * kept.mT
 
 
 def hsic(
@@ -172,7 +207,7 @@ def _feature_moments(x: Tensor, y: Tensor, count: Tensor, reduce: Reduce | None)
 
 def linear_cka(
     x: Tensor,
-    y: Tensor,
+    y: Tensor | TokenGram,
     estimator: Estimator = "biased",
     *,
     mask: Tensor | None = None,
@@ -186,7 +221,7 @@ def linear_cka(
 
     Args:
         x: ``(..., N, P)``, row i is sample or token i.
-        y: ``(..., N, Q)``, the same rows; Q may differ from P.
+        y: ``(..., N, Q)``, the same rows; Q may differ from P. Or a `TokenGram` of them.
         estimator: ``biased`` or ``debiased``.
         mask: ``(..., N)`` bool, false rows are left out.
         reduce: Sums over processes where the rows here are a part of them; only ``P x P``, ``P x Q`` and ``Q x Q``
@@ -205,6 +240,9 @@ def linear_cka(
     """
     x, y = _checked(x, y, mask, estimator)
     with torch.autocast(x.device.type, enabled=False):
+        if isinstance(y, TokenGram):
+            grams = (_centered_features_gram(x, mask), _centered_features_gram(y, mask))
+            return _gram_moments(*grams, _row_count(x, mask)).cka(estimator)
         x, y = _centered(x, mask, reduce), _centered(y, mask, reduce)
         count, (rows, p), q = _row_count(x, mask), x.shape[-2:], y.shape[-1]
         if reduce is None and rows * (p + q) <= p**2 + q**2 + p * q:  # the Gram form is cheaper
@@ -214,7 +252,7 @@ def linear_cka(
 
 def rbf_cka(
     x: Tensor,
-    y: Tensor,
+    y: Tensor | TokenGram,
     estimator: Estimator = "biased",
     *,
     mask: Tensor | None = None,
@@ -226,7 +264,7 @@ def rbf_cka(
 
     Args:
         x: ``(..., N, P)``, row i is sample or token i.
-        y: ``(..., N, Q)``, the same rows; Q may differ from P.
+        y: ``(..., N, Q)``, the same rows; Q may differ from P. Or a `TokenGram` of them.
         estimator: ``biased`` or ``debiased``.
         mask: ``(..., N)`` bool, false rows are left out.
         bandwidth: sigma in median distances, > 0.
@@ -242,7 +280,7 @@ def rbf_cka(
     """
     x, y = _checked(x, y, mask, estimator)
     with torch.autocast(x.device.type, enabled=False):
-        grams = [c @ c.mT for c in (_centered(x, mask), _centered(y, mask))]
+        grams = [_centered_features_gram(features, mask) for features in (x, y)]
         grams = [_centered_rbf_gram(gram, mask, bandwidth) for gram in grams]
         return _gram_moments(*grams, _row_count(x, mask)).cka(estimator)
 
@@ -257,14 +295,10 @@ def _centered_rbf_gram(inner: Tensor, mask: Tensor | None, bandwidth: float) -> 
     median = torch.where(others, squared.detach(), torch.nan).flatten(-2).nanmedian(dim=-1).values[..., None, None]
     defined = median > 0  # false for NaN: no pair at all
     kernel = torch.exp(-squared / (2 * bandwidth**2 * torch.where(defined, median, 1)))
-    kernel = torch.where(pairs & defined, kernel, 0)
-    count = _row_count(inner, mask).clamp_min(1)[..., None, None]
-    rows = kernel.sum(dim=-1, keepdim=True) / count
-    centered = kernel - rows - rows.mT + rows.sum(dim=-2, keepdim=True) / count
-    return torch.where(pairs & defined, centered, 0)
+    return _centered_kernel(torch.where(pairs & defined, kernel, 0), mask)
 
 
-def published_cka(x: Tensor, y: Tensor, *, mask: Tensor | None = None) -> Tensor:
+def published_cka(x: Tensor, y: Tensor | TokenGram, *, mask: Tensor | None = None) -> Tensor:
     """CKA as the published study computed it: biased, of rows of unit length, with an absolute epsilon of 1e-8.
 
     The epsilon is of the order of the self-terms where rows are alike: for 64 tokens that vary by a tenth around their
@@ -272,7 +306,7 @@ def published_cka(x: Tensor, y: Tensor, *, mask: Tensor | None = None) -> Tensor
 
     Args:
         x: ``(..., N, P)``, row i is sample or token i.
-        y: ``(..., N, Q)``, the same rows; Q may differ from P.
+        y: ``(..., N, Q)``, the same rows; Q may differ from P. Or a `TokenGram` of them.
         mask: ``(..., N)`` bool, false rows are left out.
 
     Returns:
@@ -286,7 +320,9 @@ def published_cka(x: Tensor, y: Tensor, *, mask: Tensor | None = None) -> Tensor
         count = _row_count(x, mask).clamp_min(2)
         kept = torch.ones_like(x[..., :1]) if mask is None else mask[..., None].to(x.dtype)
 
-        def gram(features: Tensor) -> Tensor:
+        def gram(features: Tensor | TokenGram) -> Tensor:
+            if isinstance(features, TokenGram):
+                return _centered_kernel(_cosines(features), mask) / (count - 1)[..., None, None]
             unit = F.normalize(torch.where(kept > 0, features, 0), dim=-1)
             centered = (unit - unit.sum(dim=-2, keepdim=True) / count[..., None, None]) * kept
             return centered @ centered.mT / (count - 1)[..., None, None]
@@ -298,9 +334,20 @@ def published_cka(x: Tensor, y: Tensor, *, mask: Tensor | None = None) -> Tensor
         return cross / (self_x * self_y + 1e-8).sqrt()
 
 
+def _cosines(x: Tensor | TokenGram) -> Tensor:
+    """``(..., N, N)`` cosine similarities of rows; those of a zero row are 0."""
+    if not isinstance(x, TokenGram):
+        unit = F.normalize(_float(x), dim=-1)
+        return unit @ unit.mT
+    raw = _float(x.raw())
+    lengths = raw.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    inverse = torch.where(lengths > 0, 1 / torch.where(lengths > 0, lengths, 1), 0)
+    return raw * inverse[..., :, None] * inverse[..., None, :]
+
+
 def gram_distance(
     x: Tensor,
-    y: Tensor,
+    y: Tensor | TokenGram,
     *,
     mask: Tensor | None = None,
     normalization: Literal["mean_square", "published"] = "mean_square",
@@ -309,7 +356,7 @@ def gram_distance(
 
     Args:
         x: ``(..., N, P)``, row i is sample or token i.
-        y: ``(..., N, Q)``, the same rows; Q may differ from P.
+        y: ``(..., N, Q)``, the same rows; Q may differ from P. Or a `TokenGram` of them.
         mask: ``(..., N)`` bool, false rows are left out.
         normalization: ``mean_square``: ``|G_x - G_y|_F^2 / N^2``; ``published``: ``|G_x - G_y|_F / N^2``, as in the
             published study, which falls as 1 / N.
@@ -327,8 +374,7 @@ def gram_distance(
     if normalization not in ("mean_square", "published"):
         raise ValueError(f"normalization must be 'mean_square' or 'published', got {normalization!r}")
     with torch.autocast(x.device.type, enabled=False):
-        x, y = F.normalize(_float(x), dim=-1), F.normalize(_float(y), dim=-1)
-        difference = x @ x.mT - y @ y.mT
+        difference = _cosines(x) - _cosines(y)
         if mask is not None:
             difference = torch.where(mask[..., :, None] & mask[..., None, :], difference, 0)
         entries = _row_count(x, mask).clamp_min(1).square()

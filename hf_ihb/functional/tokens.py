@@ -36,6 +36,28 @@ def resampling_matrix(affine: Tensor, grid: tuple[int, int], output_grid: tuple[
     return (rows[..., :, None] * columns[..., None, :]).flatten(2), inside
 
 
+def pool_tokens(tokens: Tensor, grid: tuple[int, int], output_grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+    """Averages a token map over blocks where it is finer than the output by a whole factor.
+
+    Args:
+        tokens: ``(B, N, D)`` patch tokens, row by row, no prefix tokens.
+        grid: Rows and columns of the token map, rows * columns = N.
+        output_grid: Rows and columns wanted in the end.
+
+    Returns:
+        The tokens and their grid: `output_grid`, or as they were.
+
+    Raises:
+        ValueError: If the grid does not match the number of tokens.
+    """
+    if grid[0] * grid[1] != tokens.shape[1]:
+        raise ValueError(f"a {grid[0]} x {grid[1]} grid needs {grid[0] * grid[1]} tokens, got {tokens.shape[1]}")
+    factors = (grid[0] // output_grid[0], grid[1] // output_grid[1])
+    if max(factors) > 1 and (factors[0] * output_grid[0], factors[1] * output_grid[1]) == tuple(grid):
+        return F.avg_pool2d(tokens.mT.unflatten(2, grid), factors).flatten(2).mT, output_grid
+    return tokens, grid
+
+
 def resample_tokens(
     tokens: Tensor, grid: tuple[int, int], affine: Tensor, output_grid: tuple[int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -55,13 +77,8 @@ def resample_tokens(
     Raises:
         ValueError: If the grid does not match the number of tokens.
     """
-    if grid[0] * grid[1] != tokens.shape[1]:
-        raise ValueError(f"a {grid[0]} x {grid[1]} grid needs {grid[0] * grid[1]} tokens, got {tokens.shape[1]}")
     output_grid = output_grid or grid
-    factors = (grid[0] // output_grid[0], grid[1] // output_grid[1])
-    if max(factors) > 1 and (factors[0] * output_grid[0], factors[1] * output_grid[1]) == tuple(grid):
-        tokens = F.avg_pool2d(tokens.mT.unflatten(2, grid), factors).flatten(2).mT
-        grid = output_grid
+    tokens, grid = pool_tokens(tokens, grid, output_grid)
     matrix, inside = resampling_matrix(affine, grid, output_grid)
     return matrix.to(tokens.dtype) @ tokens, inside
 

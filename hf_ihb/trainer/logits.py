@@ -11,6 +11,7 @@ from hf_ihb.arguments import LogitDistillationTrainingArguments
 from hf_ihb.errors import TeacherMismatchError
 from hf_ihb.losses import logit_distillation_loss, scheduled_alpha
 from hf_ihb.models.module import StudentModule, StudentOutput
+from hf_ihb.teacher_cache import Kind, Layout
 from hf_ihb.trainer.distillation import DistillationTrainer, spread
 from hf_ihb.views import Views
 
@@ -50,7 +51,7 @@ class LogitDistillationTrainer(DistillationTrainer):
         return module
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `SupervisedTrainer.train`.
+        """As `DistillationTrainer.train`.
 
         Raises:
             TeacherMismatchError: If the teacher's accuracy is at chance.
@@ -107,6 +108,22 @@ class LogitDistillationTrainer(DistillationTrainer):
         with torch.no_grad(), self.accelerator.autocast():
             return self.teacher.logits(self._teacher_pixels(inputs, views))
 
+    # ---- The cache ----
+
+    def _smallest_cache(self) -> Kind:
+        return "logits"
+
+    def _cache_layout(self, kind: Kind) -> Layout:
+        return Layout(kind, ((1, self.student.config.num_labels),))
+
+    def _cache_reason(self, kind: Kind) -> str:
+        return "the teacher sees the stored image"
+
+    def _teacher_answer(self, inputs: dict[str, Any], views: Views | None) -> list[Tensor]:
+        return [self._teacher_logits(inputs, views)[:, None]]
+
+    # ---- Losses ----
+
     def _evaluation_outputs(self, outputs: StudentOutput, inputs: dict[str, Any]) -> dict[str, Tensor]:
         agreement = (outputs.logits.argmax(-1) == self._teacher_decision(inputs)).float()
         return super()._evaluation_outputs(outputs, inputs) | {"teacher_agreement": agreement}
@@ -121,7 +138,8 @@ class LogitDistillationTrainer(DistillationTrainer):
             taught, distilled = (outputs.cls_logits,), (outputs.distillation_logits,)
             if args.distilled_heads == "both":
                 taught = distilled = taught + distilled
-        teacher = self._teacher_logits(inputs, views)
+        cached = self._cached_answer(inputs, views)
+        teacher = self._teacher_logits(inputs, views) if cached is None else cached[0][:, 0]
         task = self._task_loss(taught, outputs, targets, inputs)
         kd = torch.stack(
             [logit_distillation_loss(head, teacher, args.distillation_type, args.temperature) for head in distilled]

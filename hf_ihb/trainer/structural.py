@@ -1,5 +1,6 @@
 """Distillation by the structure of features."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,14 +12,39 @@ from transformers import PreTrainedModel, TrainingArguments
 from hf_ihb.arguments import StructuralDistillationTrainingArguments
 from hf_ihb.errors import DataError, RecipeError
 from hf_ihb.functional.augment import identity_affine
-from hf_ihb.functional.tokens import resample_tokens, standardize_tokens
+from hf_ihb.functional.gram import TokenGram
+from hf_ihb.functional.tokens import pool_tokens, resampling_matrix, standardize_tokens
 from hf_ihb.losses import StructuralLoss, TokenPair, warmup_factor
 from hf_ihb.models.features import FeatureMap, extract_features, first_block
 from hf_ihb.models.heads import PairedHeads
 from hf_ihb.models.module import StudentModule, StudentOutput
+from hf_ihb.teacher_cache import Kind, Layout, TeacherCache
 from hf_ihb.trainer.collectives import stack_over_processes, sum_over_processes
 from hf_ihb.trainer.distillation import DistillationTrainer, spread
 from hf_ihb.views import Views
+
+
+class _Resampler:
+    """Brings the teacher's tokens to where the student's look; a matrix is made once for all layers of a grid.
+
+    Args:
+        affine: ``(B, 2, 3)``, from the student's to the teacher's coordinates; None where they are the same.
+    """
+
+    def __init__(self, affine: Tensor | None) -> None:
+        self.affine = affine
+        self._matrices: dict[tuple[tuple[int, int], tuple[int, int]], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, tokens: Tensor | TokenGram, grid: tuple[int, int], output_grid: tuple[int, int]) -> Any:
+        """The tokens, and ``(B, M)`` bool, true where they lie inside the teacher's image."""
+        first = tokens.centered if isinstance(tokens, TokenGram) else tokens
+        if self.affine is None and grid == output_grid:
+            return tokens, torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)
+        if (grid, output_grid) not in self._matrices:
+            affine = identity_affine(len(first), first.device) if self.affine is None else self.affine
+            self._matrices[grid, output_grid] = resampling_matrix(affine, grid, output_grid)
+        matrix, inside = self._matrices[grid, output_grid]
+        return (tokens.resampled(matrix) if isinstance(tokens, TokenGram) else matrix @ tokens), inside
 
 
 class StructuralDistillationTrainer(DistillationTrainer):
@@ -51,6 +77,12 @@ class StructuralDistillationTrainer(DistillationTrainer):
             if feature_map.grid == (1, 1) and args.cka_scope == "tokens":
                 raise RecipeError(f"key 'teacher_layers': expected several tokens, found one in block {layer}")
         self._grids = [m.grid for m in students]
+        answers = [(m, grid) for m, grid in zip(teachers, self._grids, strict=True)]
+        if "relation" in self._losses:
+            answers.append((teachers[self._teacher_layers.index(max(self._teacher_layers))], self._final_grid))
+        pooled = [pool_tokens(m.patch_tokens, m.grid, grid) for m, grid in answers]
+        self._teacher_grids = [grid for _, grid in pooled]
+        self._teacher_shapes = tuple(tuple(tokens.shape[1:]) for tokens, _ in pooled)
         self._statistics: list[tuple[Tensor, Tensor]] | None = None
         widths = [[m.tokens.shape[-1] for m in maps] for maps in (students, teachers)]
         projections, paired_heads = [], None
@@ -93,11 +125,14 @@ class StructuralDistillationTrainer(DistillationTrainer):
         teacher_pixels = self._teacher_pixels(batch, None).to(self.teacher.model.device)
         return students, self.teacher.features(teacher_pixels, self._teacher_layers, args.teacher_norm), final
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `SupervisedTrainer.train`; takes the teacher's feature statistics first where a loss needs them."""
-        if any(self._preparation(name) != "plain" for name in self._token_losses):
-            self._statistics = self._teacher_statistics()
-        return super().train(*args, **kwargs)
+    def _take_statistics(self, cache: TeacherCache | None) -> None:
+        self._statistics = None
+        if all(self._preparation(name) == "plain" for name in self._token_losses):
+            return
+        found = self._teacher_statistics() if cache is None else cache.statistics(self._teacher_statistics)
+        found = {name: tensor.to(self.args.device) for name, tensor in found.items()}
+        layers = range(len(self._teacher_layers))
+        self._statistics = [(found[f"mean.{layer}"], found[f"std.{layer}"]) for layer in layers]
 
     def _preparation(self, loss: str) -> str:
         """What is done to the teacher's tokens before a loss compares them."""
@@ -106,26 +141,30 @@ class StructuralDistillationTrainer(DistillationTrainer):
         return "centered" if self.args.center_positions else "plain"
 
     @torch.no_grad()
-    def _teacher_statistics(self) -> list[tuple[Tensor, Tensor]]:
-        """For each layer the mean of each position ``(N, D)`` and the standard deviation of each channel ``(D,)``."""
+    def _teacher_statistics(self) -> dict[str, Tensor]:
+        """For each layer the mean of each position ``(N, D)``, pooled like the tokens, and the channels' deviations.
+
+        The deviations ``(D,)`` are around the means of the teacher's own grid.
+        """
         subset = spread(self.train_dataset, self.args.teacher_statistics_samples)
         loader = DataLoader(subset, self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
         sums: list[list[Any]] = [[0, 0] for _ in self._teacher_layers]
         count = 0
         for inputs in tqdm(loader, desc="Teacher statistics", disable=self._quiet):
             inputs = self._prepare_inputs(inputs)
+            maps = self._teacher_features(inputs, None)
             # float64 on the CPU: not every accelerator has it, and this is done once
-            tokens = [m.patch_tokens.cpu().double() for m in self._teacher_features(inputs, None)]
+            tokens = [m.patch_tokens.cpu().double() for m in maps]
             sums = [[a + t.sum(0), b + t.square().sum(0)] for (a, b), t in zip(sums, tokens, strict=True)]
             count += len(tokens[0])
-        statistics = []
-        for first, second in sums:
+        statistics = {}
+        for layer, ((first, second), feature_map, grid) in enumerate(zip(sums, maps, self._grids, strict=True)):
             mean = first / count
             variance = (second / count - mean.square()).clamp_min(0).mean(dim=0)
             # a channel that never varies must not be divided by its rounding noise
             floor = 1e-6 * variance.max().sqrt().clamp_min(1e-12)
-            std = variance.sqrt().clamp_min(floor)
-            statistics.append((mean.float().to(self.args.device), std.float().to(self.args.device)))
+            statistics[f"mean.{layer}"] = pool_tokens(mean[None], feature_map.grid, grid)[0][0].float()
+            statistics[f"std.{layer}"] = variance.sqrt().clamp_min(floor).float()
         return statistics
 
     def _teacher_features(self, inputs: dict[str, Any], views: Views | None) -> list[FeatureMap]:
@@ -134,33 +173,79 @@ class StructuralDistillationTrainer(DistillationTrainer):
             maps = self.teacher.features(pixels, self._teacher_layers, self.args.teacher_norm)
         return [m._replace(tokens=m.tokens.float()) for m in maps]
 
-    def _teacher_tokens(self, inputs: dict[str, Any], views: Views | None) -> dict[str, list[tuple[Tensor, Tensor]]]:
-        """For each loss and layer the teacher's tokens where the student's look, and which lie inside its image."""
+    def _teacher_answer(self, inputs: dict[str, Any], views: Views | None) -> list[Tensor]:
+        """Patch tokens of each layer, and last those of the relation loss, where there is one; pooled."""
         maps = self._teacher_features(inputs, views)
-        affine = views.affine if views is not None and self.args.teacher_view == "shared" else None
-        if affine is None:
-            affine = identity_affine(len(maps[0].tokens), maps[0].tokens.device)
-
-        def prepared(layer: int, preparation: str) -> Tensor:
-            tokens = maps[layer].patch_tokens
-            if preparation == "plain":
-                return tokens
-            mean, std = self._statistics[layer]
-            return tokens - mean if preparation == "centered" else standardize_tokens(tokens, mean, std)
-
-        resampled = {
-            preparation: [
-                resample_tokens(prepared(layer, preparation), feature_map.grid, affine, self._grids[layer])
-                for layer, feature_map in enumerate(maps)
-            ]
-            for preparation in {self._preparation(name) for name in self._token_losses}
-        }
-        tokens = {name: resampled[self._preparation(name)] for name in self._token_losses}
+        answer = [pool_tokens(m.patch_tokens, m.grid, g)[0] for m, g in zip(maps, self._grids, strict=True)]
         if "relation" in self._losses:
             deepest = maps[self._teacher_layers.index(max(self._teacher_layers))]
             deepest = deepest if self.args.teacher_norm else self.teacher.normed(deepest)
-            tokens["relation"] = [resample_tokens(deepest.patch_tokens, deepest.grid, affine, self._final_grid)]
+            answer.append(pool_tokens(deepest.patch_tokens, deepest.grid, self._final_grid)[0])
+        return answer
+
+    def _prepared(self, answer: Sequence[Tensor], layer: int, preparation: str) -> Tensor:
+        tokens = answer[layer]
+        if preparation == "plain":
+            return tokens
+        mean, std = self._statistics[layer]
+        return tokens - mean if preparation == "centered" else standardize_tokens(tokens, mean, std)
+
+    def _teacher_tokens(self, inputs: dict[str, Any], views: Views | None) -> dict[str, list[tuple[Any, Tensor]]]:
+        """For each loss and layer the teacher's tokens where the student's look, and which lie inside its image.
+
+        From a cache of inner products it is their `TokenGram`.
+        """
+        cached = self._cached_answer(inputs, views)
+        answer = self._teacher_answer(inputs, views) if cached is None else cached
+        shared = views is not None and self.args.teacher_view == "shared"
+        move = _Resampler(views.affine if shared else None)
+
+        def moved(layer: int, preparation: str) -> tuple[Any, Tensor]:
+            ready = isinstance(answer[layer], TokenGram)  # prepared before its inner products were taken
+            tokens = answer[layer] if ready else self._prepared(answer, layer, preparation)
+            return move(tokens, self._teacher_grids[layer], self._grids[layer])
+
+        preparations = {self._preparation(name) for name in self._token_losses}
+        ready = {p: [moved(layer, p) for layer in range(len(self._teacher_layers))] for p in preparations}
+        tokens = {name: ready[self._preparation(name)] for name in self._token_losses}
+        if "relation" in self._losses:
+            tokens["relation"] = [move(answer[-1], self._teacher_grids[-1], self._final_grid)]
         return tokens
+
+    # ---- The cache ----
+
+    def _smallest_cache(self) -> Kind:
+        return "gram" if self.args.needs_teacher_tokens() is None else "tokens"
+
+    def _cache_reason(self, kind: Kind) -> str:
+        if kind == "gram":
+            return "inner products of an image's tokens are all that the losses need"
+        return f"'{self.args.needs_teacher_tokens()}' needs the tokens themselves"
+
+    def _cache_layout(self, kind: Kind) -> Layout:
+        return Layout(kind, self._teacher_shapes)
+
+    def _cache_description(self, kind: Kind) -> dict[str, Any]:
+        args = self.args
+        preparation = self._gram_preparation if kind == "gram" else "plain"
+        taken = any(self._preparation(name) != "plain" for name in self._token_losses)
+        return {
+            "layers": self._teacher_layers,
+            "norm": args.teacher_norm,
+            "losses": {"relation": "relation" in self._losses},
+            "grids": self._teacher_grids,
+            "preparation": preparation,
+            "statistics_samples": args.teacher_statistics_samples if taken else None,
+        }
+
+    @property
+    def _gram_preparation(self) -> str:
+        return "centered" if self.args.center_positions else "plain"
+
+    def _storable(self, answer: list[Tensor], kind: Kind) -> list[Tensor]:
+        if kind == "gram":
+            return [self._prepared(answer, layer, self._gram_preparation) for layer in range(len(answer))]
+        return answer
 
     def _forward_arguments(self, inputs: dict[str, Any], views: Views | None, train: bool) -> dict[str, Any]:
         if not train:

@@ -423,7 +423,8 @@ def test_resuming_brings_back_the_heads_and_equals_never_stopping(make_trainer, 
 
 def test_position_statistics_of_the_teacher_equal_numpy(make_trainer, vit_teacher, train_split):
     trainer = make_trainer(teacher=vit_teacher, teacher_statistics_samples=128)
-    (mean, std), *_ = trainer._teacher_statistics()
+    statistics = trainer._teacher_statistics()
+    mean, std = statistics["mean.0"], statistics["std.0"]
     with torch.no_grad():
         images = PIXELS.apply(train_split.images.float() / 255)
         _, (feature_map, *_) = extract_features(vit_teacher.model, images, [1])
