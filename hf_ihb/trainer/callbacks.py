@@ -22,8 +22,13 @@ class Hooks(TrainerCallback):
         """Before the first step."""
         self.trainer._begin_training()
 
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(self, args: TrainingArguments, *others: Any, **kwargs: Any) -> None:
         """After the backward pass."""
+        if args.device.type == "cpu":
+            self.trainer._check_finite()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """After the last step."""
         self.trainer._check_finite()
 
 

@@ -21,6 +21,7 @@ from hf_ihb.models.module import StudentModule, StudentOutput
 from hf_ihb.teacher_cache import Kind, Layout, TeacherCache
 from hf_ihb.trainer.collectives import stack_over_processes, sum_over_processes
 from hf_ihb.trainer.distillation import DistillationTrainer, spread
+from hf_ihb.trainer.supervised import compiled
 from hf_ihb.views import Views
 
 
@@ -71,7 +72,8 @@ class StructuralDistillationTrainer(DistillationTrainer):
         self._losses = [n for n in ("cka", "gram", "token", "relation") if getattr(args, f"{n}_weight") > 0]
         self._token_losses = [n for n in self._losses if n != "relation"]
         shared = {"reduce": sum_over_processes, "gather": stack_over_processes} if args.world_size > 1 else {}
-        self._structural_loss = StructuralLoss.from_arguments(args, **shared)
+        self._structural_loss = compiled(StructuralLoss.from_arguments(args, **shared).__call__, args)
+        self._aligned = compiled(self._align, args)
         students, teachers, final = self._probe(student, args)
         for layer, feature_map in zip(self._teacher_layers, teachers, strict=True):
             if feature_map.grid == (1, 1) and args.cka_scope == "tokens":
@@ -195,10 +197,14 @@ class StructuralDistillationTrainer(DistillationTrainer):
 
         From a cache of inner products it is their `TokenGram`.
         """
-        cached = self._cached_answer(inputs, views)
-        answer = self._teacher_answer(inputs, views) if cached is None else cached
+        answer = self._cached_answer(inputs, views)
+        if answer is None:
+            answer = self._teacher_answer(inputs, views)
         shared = views is not None and self.args.teacher_view == "shared"
-        move = _Resampler(views.affine if shared else None)
+        return self._aligned(answer, views.affine if shared else None)
+
+    def _align(self, answer: Sequence[Any], affine: Tensor | None) -> dict[str, list[tuple[Any, Tensor]]]:
+        move = _Resampler(affine)
 
         def moved(layer: int, preparation: str) -> tuple[Any, Tensor]:
             ready = isinstance(answer[layer], TokenGram)  # prepared before its inner products were taken

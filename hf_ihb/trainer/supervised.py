@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -242,32 +243,42 @@ class SupervisedTrainer(Trainer):
         return self._augmenter(images, index, int(self._epoch))
 
     def _record(self, loss: Tensor, components: dict[str, Tensor]) -> None:
-        for name, value in components.items():
-            self._component_sums[name] = self._component_sums.get(name, 0) + value.detach()
+        """Adds up what is logged, on the device: nothing is waited for."""
+        values = torch.stack([value.detach().float() for value in (loss, *components.values())])
+        self._component_sums = values if self._component_sums is None else self._component_sums + values
+        self._component_names = tuple(components)
         self._component_count += 1
-        self._finite = torch.isfinite(loss.detach()) & self._finite
 
     def _check_finite(self) -> None:
-        if not self._finite:
-            parts = ", ".join(f"{k} {float(v) / self._component_count:.4g}" for k, v in self._component_sums.items())
-            raise NumericsError(
-                f"step {self.state.global_step + 1}: expected a finite loss, found NaN or Inf (means since the last "
-                f"log: {parts}); the last checkpoint in {self.args.output_dir} is good"
-            )
+        """Raises if a loss since the last log was NaN or Inf: sums keep them.
+
+        On a CPU this is asked in every step, before the weights are changed. On an accelerator asking means waiting for
+        it, so it is asked where one waits anyway: before something is logged, evaluated or saved.
+        """
+        if self._component_count == 0:
+            return
+        total, *parts = (self._component_sums / self._component_count).tolist()
+        if math.isfinite(total):
+            return
+        means = ", ".join(f"{n} {v:.4g}" for n, v in zip(self._component_names, parts, strict=True))
+        raise NumericsError(
+            f"step {self.state.global_step + 1}: expected a finite loss, found NaN or Inf (means since the last "
+            f"log: {means}); the last checkpoint in {self.args.output_dir} is good"
+        )
 
     def _reset_window(self) -> None:
-        self._component_sums: dict[str, Any] = {}
+        self._component_sums: Tensor | None = None
+        self._component_names: tuple[str, ...] = ()
         self._component_count = 0
-        self._finite: Any = True
         self._window_images = 0
         self._window_start = time.perf_counter()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`; training logs get every loss component and the images per second since the last one."""
         if "loss" in logs and self._component_count:
-            names = sorted(self._component_sums)
-            means = torch.stack([self._component_sums[name].float() for name in names]) / self._component_count
-            logs.update(zip(names, self.accelerator.reduce(means, "mean").tolist(), strict=True))
+            self._check_finite()
+            means = self.accelerator.reduce(self._component_sums[1:] / self._component_count, "mean").tolist()
+            logs.update(sorted(zip(self._component_names, means, strict=True)))
             logs["images_per_second"] = round(self._window_images / (time.perf_counter() - self._window_start), 1)
             self._reset_window()
         super().log(logs, start_time)
@@ -366,6 +377,7 @@ class SupervisedTrainer(Trainer):
 
         A user's metric may differ between processes; a run that is stopped or saved on one of them alone would hang.
         """
+        self._check_finite()
         started, self._metric_sums, self._eval_dataset = time.perf_counter(), {}, dataloader.dataset
         with self._averaging.applied():
             output = super().evaluation_loop(dataloader, *args, **kwargs)
@@ -392,6 +404,7 @@ class SupervisedTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`, of the weights that are evaluated; a checkpoint keeps the raw ones as well."""
+        self._check_finite()
         if _internal_call and output_dir is not None:  # a checkpoint
             super().save_model(output_dir, _internal_call=True)
             self._averaging.save(Path(output_dir))
@@ -541,6 +554,13 @@ class SupervisedTrainer(Trainer):
         if getattr(self, "push_in_progress", None) is not None:
             self._publishing.report_failures(self.push_in_progress.jobs)
             self.push_in_progress = None
+
+
+def compiled(function: Callable, args: TrainingArguments) -> Callable:
+    """A function of tensors, compiled where `torch_compile` asks for it, in the way the model then is."""
+    if not args.torch_compile:
+        return function
+    return torch.compile(function, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
 
 
 def _listed(value: str | list[str] | None) -> list[str]:
