@@ -202,9 +202,7 @@ class TeacherCache:
         if needed <= free:
             return None
         of = "" if share == 1 else f" ({share:.0%} of what is free)"
-        return (
-            f"{self.folder}: expected {_gigabytes(needed)} of disk for the teacher cache, found {_gigabytes(free)}{of}"
-        )
+        return f"{self.folder}: expected {_size(needed)} of disk for the teacher cache, found {_size(free)}{of}"
 
     def written(self) -> int:
         """Images whose rows a journal names, without looking at the rows."""
@@ -334,7 +332,7 @@ class TeacherCache:
         todo = f"{count * processes:,}" if processes > 1 else f"{count:,}"
         return (
             f"Teacher cache ({self.layout.kind}): {self.num_rows:,} images x {self.layout.row_bytes:,} B = "
-            f"{_gigabytes(self.num_bytes)} in {self.folder}; {todo} images to go, about "
+            f"{_size(self.num_bytes)} in {self.folder}; {todo} images to go, about "
             f"{_duration(each * count)} ({1000 * each:.3g} ms an image)"
         )
 
@@ -431,8 +429,9 @@ def _batches(rows: range, size: int) -> list[range]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def _gigabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e7 else f"{num_bytes / 1e6:.2f} MB"
+def _size(num_bytes: int) -> str:
+    unit, name = next((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1, "B")) if num_bytes >= u or u == 1)
+    return f"{num_bytes} B" if name == "B" else f"{num_bytes / unit:.3g} {name}"
 
 
 def _duration(seconds: float) -> str:

@@ -113,6 +113,12 @@ class DistillationTrainer(SupervisedTrainer):
         cache, reason = self._wanted_cache()
         if self.args.teacher_cache == "auto" and self.is_world_process_zero():
             print(f"teacher_cache auto: {'off' if cache is None else cache.layout.kind} ({reason})", flush=True)
+        device = self.args.device
+        # what is drawn in training must not depend on whether the teacher had to be asked before
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            self._open(cache)
+
+    def _open(self, cache: TeacherCache | None) -> None:
         self._take_statistics(cache)
         if cache is not None:
             cache.open(
