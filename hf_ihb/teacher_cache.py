@@ -314,7 +314,8 @@ class TeacherCache:
         """The folder with its description, and a file of the whole size, sparse until it is written."""
         with self._storing():
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / DESCRIPTION_FILE, self.description)
+            if PartialState().is_local_main_process:  # for people; nothing reads it
+                write_json(self.folder / DESCRIPTION_FILE, self.description)
             rows = self.folder / ROWS_FILE
             rows.touch()
             if (trouble := self.trouble()) is not None:

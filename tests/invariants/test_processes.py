@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification
 from hf_ihb.arguments import DataArguments
 from hf_ihb.data import load_image_data
 from hf_ihb.models.processing import pixel_format, student_processor
-from tests.invariants import disagree
+from tests.invariants import build_cache, disagree
 from tests.invariants.conftest import ROOT, STUDENT
 
 LOGITS = {**STUDENT, "method": "logits", "alpha": 0.6, "temperature": 2.0}
@@ -29,13 +29,17 @@ RESUMABLE = {**AUGMENTED, "drop_path_rate": 0.2, "max_steps": 8, "save_strategy"
 
 
 @pytest.mark.parametrize("method", ["logits", "structural"])
-def test_two_processes_train_like_one_on_the_same_global_batch(method, launch, teacher):
-    recipe = {"logits": LOGITS, "structural": {**STRUCTURAL, "center_positions": False}}[method]
+def test_two_processes_train_like_one_on_the_same_global_batch(method, launch, teacher, tmp_path):
+    cached = {"center_positions": False, "teacher_cache": "tokens"}
+    recipe = {"logits": LOGITS, "structural": {**STRUCTURAL, **cached}}[method]
     # SGD: Adam turns rounding noise of tiny gradients into whole steps
     recipe |= {**AUGMENTED, "teacher_model": teacher, "max_steps": 5, "optim": "sgd", "learning_rate": 0.05}
     recipe |= {"weight_decay": 0.01, "weight_decay_scope": "all"}
-    one = launch("distill.py", {**recipe, "per_device_train_batch_size": 32})
-    two = launch("distill.py", {**recipe, "per_device_train_batch_size": 16}, processes=2)
+    folders = [str(tmp_path / name) for name in ("one", "two")]
+    one = launch("distill.py", {**recipe, "per_device_train_batch_size": 32, "teacher_cache_dir": folders[0]})
+    two = launch(
+        "distill.py", {**recipe, "per_device_train_batch_size": 16, "teacher_cache_dir": folders[1]}, processes=2
+    )
     assert (one.code, two.code) == (0, 0), one.stderr + two.stderr
     assert [run.json("recipe.json")["environment"]["num_processes"] for run in (one, two)] == [1, 2]
     for run in (one, two):  # a flaw of the published study is named once, whatever the number of processes
@@ -46,6 +50,10 @@ def test_two_processes_train_like_one_on_the_same_global_batch(method, launch, t
     for name, tensor in one.weights().items():
         torch.testing.assert_close(two.weights()[name], tensor, rtol=0, atol=1e-5)
     assert two.json("evaluation.json")["test"]["accuracy"] == one.json("evaluation.json")["test"]["accuracy"]
+    if method == "structural":
+        rows = [path.read_bytes() for path in sorted(tmp_path.glob("*/*/rows.bin"))]
+        assert len(rows) == 2
+        assert rows[0] == rows[1]
 
 
 @pytest.mark.parametrize(("recipe", "processes"), [(LOGITS, 1), (STRUCTURAL, 1), (STRUCTURAL | AVERAGED, 2)])
@@ -88,6 +96,25 @@ def test_processes_that_see_other_metrics_stop_together_and_hold_one_average(tmp
     stem = "student.deit.embeddings.patch_embeddings.stem"
     mean = F.conv2d(images, first["state"][f"{stem}.0.weight"].double(), padding=1).mean((0, 2, 3))
     torch.testing.assert_close(first["state"][f"{stem}.1.running_mean"].double(), mean, rtol=1e-4, atol=1e-5)
+
+
+def test_processes_share_out_a_cache_and_fail_together(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*command, str(Path(build_cache.__file__)), str(tmp_path)], env=environment, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["world"] == second["world"] == 2
+    checked = [0, 2, 5, 8, 11, 14, 17, 20]
+    blocks = [[n for n in range(21) if n // 4 % 2 == rank] for rank in (0, 1)]
+    assert [ended["together"]["asked"] for ended in (first, second)] == [block + checked for block in blocks]
+    for ended in (first, second):
+        assert ended["together"]["read"] == list(range(21))
+        assert "for training image 5;" in ended["broken"]
+        assert "expected the same teacher and images on all processes" in ended["different"]
 
 
 WITHOUT_US = """
