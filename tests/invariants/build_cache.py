@@ -1,0 +1,46 @@
+"""A worker: builds caches together with other processes, and writes down how that ended for it."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+import hf_ihb.teacher_cache as module
+from hf_ihb.errors import CacheError
+from hf_ihb.teacher_cache import Layout, TeacherCache
+
+ROWS = 21
+
+
+def build(root, broken_row=None, **description):
+    asked = []
+
+    def compute(batches):
+        for batch in batches:
+            asked.extend(batch)
+            yield torch.stack([torch.full((6,), 1e6 if n == broken_row else float(n)) for n in batch])
+
+    cache = TeacherCache(root, {"teacher": "one", **description}, Layout("tokens", ((2, 3),)), ROWS)
+    try:
+        cache.open(compute, 3, tolerance=1e-2, show=False)
+    except CacheError as error:
+        return str(error)
+    return {"asked": asked, "read": cache(torch.arange(ROWS))[0][:, 0, 0].tolist()}
+
+
+def main(root):
+    state = PartialState(cpu=True)
+    module.BLOCK_ROWS = 4
+    ended = {
+        "together": build(root / "together"),
+        "broken": build(root / "broken", broken_row=5),  # in the second block: of the second process
+        "different": build(root / "different", seen_by=state.process_index),
+        "world": state.num_processes,
+    }
+    (root / f"{state.process_index}.json").write_text(json.dumps(ended))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
