@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_ihb.arguments import ANALYSES, AnalysisArguments
-from hf_ihb.data import ImageSplit, stratified_sample
+from hf_ihb.data import StoredSplit, stratified_sample
 from hf_ihb.errors import ModelLoadError
 from hf_ihb.functional.attention import uniform_attention_distance
 from hf_ihb.functional.curvature import HessianOperator, hutchinson_trace, lanczos, smoothed_spectrum
@@ -50,7 +50,7 @@ _SETTINGS = {
 
 def analyze(
     subject: Pretrained,
-    split: ImageSplit,
+    split: StoredSplit,
     args: AnalysisArguments,
     *,
     data: dict[str, Any],
@@ -138,21 +138,22 @@ def _standing(previous: dict[str, Any], wanted: dict[str, Any], args: AnalysisAr
 
 
 def _batches(
-    subject: Pretrained, split: ImageSplit, rows: Tensor, batch_size: int, description: str = ""
+    subject: Pretrained, split: StoredSplit, rows: Tensor, batch_size: int, description: str = ""
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalised pixels and labels on the model's device; with a progress bar where there is a description."""
     device = subject.model.device
     with tqdm(total=len(rows), desc=description, unit="img", disable=not description) as bar:
         for some in rows.split(batch_size):
-            images = split.images[some].to(device).float() / 255
-            yield subject.pixels.apply(images), split.labels[some].to(device)
+            batch = split.__getitems__(some)
+            images = batch["pixel_values"].to(device).float() / 255
+            yield subject.pixels.apply(images), batch["labels"].to(device)
             bar.update(len(some))
 
 
 # ---- Attention ----
 
 
-def analyze_attention(subject: Pretrained, split: ImageSplit, rows: Tensor, args: AnalysisArguments) -> dict[str, Any]:
+def analyze_attention(subject: Pretrained, split: StoredSplit, rows: Tensor, args: AnalysisArguments) -> dict[str, Any]:
     """How far patches look in each layer, for the model and for the same architecture without training.
 
     Returns:
@@ -188,7 +189,7 @@ def analyze_attention(subject: Pretrained, split: ImageSplit, rows: Tensor, args
 
 
 def _attention_distance(
-    subject: Pretrained, split: ImageSplit, rows: Tensor, batch_size: int, description: str
+    subject: Pretrained, split: StoredSplit, rows: Tensor, batch_size: int, description: str
 ) -> AttentionAccumulator:
     model, accumulator = subject.model, None
     for pixels, _ in _batches(subject, split, rows, batch_size, description):
@@ -207,7 +208,7 @@ def _add_batch(model: Any, pixels: Tensor, accumulator: AttentionAccumulator) ->
 
 
 def _attention_maps(
-    subject: Pretrained, split: ImageSplit, rows: Tensor, args: AnalysisArguments, num_layers: int, has_cls: bool
+    subject: Pretrained, split: StoredSplit, rows: Tensor, args: AnalysisArguments, num_layers: int, has_cls: bool
 ) -> list[dict[str, Any]]:
     """Where images of different classes are looked at, in layers spread over the depth."""
     count = min(args.num_maps, len(rows))
@@ -217,7 +218,7 @@ def _attention_maps(
     chosen = sorted({round(i) for i in torch.linspace(0, num_layers - 1, min(_MAP_LAYERS, num_layers)).tolist()})
     pixels, labels = next(_batches(subject, split, some, count))
     maps = cls_attention_maps(subject.model, pixels, **size_arguments(subject.model, pixels))
-    images = split.images[some].float()
+    images = split.__getitems__(some)["pixel_values"].float()
     if max(images.shape[-2:]) > _THUMBNAIL_PX:
         scale = _THUMBNAIL_PX / max(images.shape[-2:])
         images = F.interpolate(images, scale_factor=scale, mode="area")
@@ -250,7 +251,7 @@ def _one_of_each_class(labels: Tensor) -> list[int]:
 
 def analyze_cka(
     subject: Pretrained,
-    split: ImageSplit,
+    split: StoredSplit,
     rows: Tensor,
     args: AnalysisArguments,
     teacher: Pretrained | None = None,
@@ -303,7 +304,7 @@ def _matrix(cka: MinibatchCKA, rows: str, columns: str) -> dict[str, Any]:
 # ---- Hessian ----
 
 
-def analyze_hessian(subject: Pretrained, split: ImageSplit, args: AnalysisArguments) -> dict[str, Any]:
+def analyze_hessian(subject: Pretrained, split: StoredSplit, args: AnalysisArguments) -> dict[str, Any]:
     """Trace, ends and density of the spectrum of the Hessian of the cross-entropy, over all trainable parameters.
 
     The loss is that of the logits the model answers with (the mean of a DeiT's two heads), without smoothing, in eval

@@ -178,6 +178,26 @@ class DataArguments(_Checked):
         None, "Side of the decoded images; the size of the first image if not given.", within=AT_LEAST_ONE, unit="px"
     )
     color_mode: Literal["rgb", "grayscale"] = key("rgb", "Decode images to three channels or to one.")
+    decode: Literal["auto", "once", "stream"] = key(
+        "auto",
+        "When images are decoded. 'once': before training, into memory, or into a file that is mapped into it and kept "
+        "for later runs where they take more than decoded_memory_fraction. 'stream': whenever they are asked for, by "
+        "dataloader_num_workers processes; needs no room. 'auto': 'once' where memory or disk has the room.",
+    )
+    decoded_memory_fraction: float = key(
+        0.5,
+        "Share of the memory that is available which decoded images may take, in all processes of a machine together; "
+        "0 keeps them in a file.",
+        within=FRACTION,
+    )
+    decoded_cache_dir: str | None = key(
+        None,
+        "Folder of decoded images, shared by runs; 'hf_ihb/decoded' in HF_HOME if not given. What is in it may be "
+        "deleted.",
+    )
+    preprocessing_num_workers: int | None = key(
+        None, "Threads that decode images; one for each core if not given.", within=AT_LEAST_ONE
+    )
     selection_split: Literal["validation", "test"] = key(
         "validation",
         "What epochs are compared on. 'test' holds no training images out and selects on the test split.",

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Pipeline, PreTrainedModel, pipeline
 
-from hf_ihb.data import ImageSplit
+from hf_ihb.data import StoredSplit
 from hf_ihb.errors import NumericsError, TeacherMismatchError
 from hf_ihb.metrics import Accuracy, TeacherFidelity, classification_metrics, decisions, needs_logits, paired_transfer
 from hf_ihb.models.features import size_arguments
@@ -181,7 +181,7 @@ def evaluator(task: str = TASK, batch_size: int = 32) -> ImageClassificationEval
 
 def evaluate_model(
     model: Pretrained,
-    split: ImageSplit,
+    split: StoredSplit,
     *,
     teacher: Teacher | None = None,
     baseline: Pretrained | None = None,
@@ -249,7 +249,7 @@ def _as_pretrained(teacher: Teacher) -> Pretrained:
     return Pretrained(teacher.model, teacher.pixels, teacher.name, teacher.revision)
 
 
-def _model_reader(role: str, model: Pretrained, split: ImageSplit, device: torch.device) -> Reader:
+def _model_reader(role: str, model: Pretrained, split: StoredSplit, device: torch.device) -> Reader:
     network = model.model.to(device).eval()
     order = label_permutation(network.config, split.label_names, f"{role} '{model.name}'")
     order = slice(None) if order is None else order.to(device)
@@ -262,7 +262,7 @@ def _model_reader(role: str, model: Pretrained, split: ImageSplit, device: torch
     return read
 
 
-def _teacher_reader(teacher: Teacher, split: ImageSplit, device: torch.device) -> Reader:
+def _teacher_reader(teacher: Teacher, split: StoredSplit, device: torch.device) -> Reader:
     teacher.to(device)
     if (found := teacher.model.config.num_labels) != (expected := len(split.label_names)):
         raise TeacherMismatchError(f"teacher '{teacher.name}': expected {expected} classes, found {found}")
@@ -280,12 +280,13 @@ def _heads(outputs: Any, config: Any) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def _read(
-    readers: Mapping[str, Reader], split: ImageSplit, batch_size: int, device: torch.device
+    readers: Mapping[str, Reader], split: StoredSplit, batch_size: int, device: torch.device
 ) -> dict[str, dict[str, np.ndarray]]:
     """Role -> head -> ``(N, K)`` float32 logits."""
     batches: dict[str, dict[str, list[Tensor]]] = {role: {} for role in readers}
     with tqdm(total=len(split), desc="Evaluating", unit="img", mininterval=1.0) as progress:
-        for stored in split.images.split(batch_size):
+        for rows in torch.arange(len(split)).split(batch_size):
+            stored = split.__getitems__(rows)["pixel_values"]
             images = stored.to(device).float() / 255
             for role, read in readers.items():
                 for head, logits in read(images).items():

@@ -154,6 +154,8 @@ def run_training(trainer: SupervisedTrainer, data: ImageData, recipe: Path, argu
     }
     if (accuracy := getattr(trainer, "teacher_accuracy", None)) is not None:
         results["teacher_validation_accuracy"] = accuracy
+    if (cache := getattr(trainer, "teacher_cache", None)) is not None:
+        results["teacher_cache"] = cache.layout.kind
     if trainer.is_world_process_zero():
         write_json(folder / HISTORY_FILE, trainer.state.log_history)
         write_json(folder / EVALUATION_FILE, results)
@@ -211,7 +213,8 @@ def measure(trainer: SupervisedTrainer, data: ImageData, baseline: Pretrained | 
 
 
 def _first_pixels(model: Pretrained, data: ImageData) -> torch.Tensor:
-    return model.pixels.apply(data.test.images[:1].to(model.model.device).float() / 255)
+    images = data.test.__getitems__([0])["pixel_values"]
+    return model.pixels.apply(images.to(model.model.device).float() / 255)
 
 
 def _metrics(trainer: SupervisedTrainer, split: Any, name: str) -> dict[str, float]:

@@ -28,6 +28,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_ihb.data.placement import readable_bytes, readable_seconds
 from hf_ihb.errors import CacheError
 from hf_ihb.functional.gram import TokenGram, gram_width, pack_gram, unpack_gram
 from hf_ihb.models.teacher import Teacher
@@ -99,14 +100,6 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def describe_images(dataset: Any) -> str | None:
-    """What tells one training set of stored images from another; None where nothing does."""
-    if hasattr(dataset, "fingerprint"):
-        return dataset.fingerprint()
-    images = getattr(dataset, "images", None)
-    return fingerprint({"images": images}) if isinstance(images, Tensor) else None
 
 
 def describe_teacher(teacher: Teacher) -> dict[str, Any]:
@@ -201,8 +194,8 @@ class TeacherCache:
         free = int(share * shutil.disk_usage(there).free)
         if needed <= free:
             return None
-        of = "" if share == 1 else f" ({share:.0%} of what is free)"
-        return f"{self.folder}: expected {_size(needed)} of disk for the teacher cache, found {_size(free)}{of}"
+        found = readable_bytes(free) if share == 1 else f"{readable_bytes(free)} ({share:.0%} of what is free)"
+        return f"{self.folder}: expected {readable_bytes(needed)} of disk for the teacher cache, found {found}"
 
     def written(self) -> int:
         """Images whose rows a journal names, without looking at the rows."""
@@ -333,8 +326,8 @@ class TeacherCache:
         todo = f"{count * processes:,}" if processes > 1 else f"{count:,}"
         return (
             f"Teacher cache ({self.layout.kind}): {self.num_rows:,} images x {self.layout.row_bytes:,} B = "
-            f"{_size(self.num_bytes)} in {self.folder}; {todo} images to go, about "
-            f"{_duration(each * count)} ({1000 * each:.3g} ms an image)"
+            f"{readable_bytes(self.num_bytes)} in {self.folder}; {todo} images to go, about "
+            f"{readable_seconds(each * count)} ({1000 * each:.3g} ms an image)"
         )
 
     def _fitting(self, values: Tensor, rows: Sequence[int]) -> Tensor:
@@ -428,18 +421,3 @@ class TeacherCache:
 
 def _batches(rows: range, size: int) -> list[range]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def _size(num_bytes: int) -> str:
-    unit, name = next((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1, "B")) if num_bytes >= u or u == 1)
-    return f"{num_bytes} B" if name == "B" else f"{num_bytes / unit:.3g} {name}"
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds / 3600:.1f} h"
-        if seconds >= 3600
-        else f"{seconds / 60:.0f} min"
-        if seconds >= 90
-        else f"{seconds:.0f} s"
-    )

@@ -237,7 +237,9 @@ def test_a_disk_that_is_too_small_is_known_before_anything_is_written(tmp_path, 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 100))
     asked = Asked()
-    with pytest.raises(CacheError, match=r"expected 420 B of disk .*, found 100 B; give another 'teacher_cache_dir'"):
+    with pytest.raises(
+        CacheError, match=r"expected 0.00 MB of disk .*, found 0.00 MB; give another 'teacher_cache_dir'"
+    ):
         opened(tmp_path, asked)
     assert asked.rows == []
     assert make(tmp_path).trouble(0.5).endswith("(50% of what is free)")
@@ -271,7 +273,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 def test_size_place_and_time_are_said_before_it_is_built(tmp_path, capsys):
     make(tmp_path).open(Asked(), BATCH, tolerance=1e-2, show=True)
     said = capsys.readouterr().out
-    assert said.startswith(f"Teacher cache (tokens): 21 images x 20 B = 420 B in {tmp_path}")
+    assert said.startswith(f"Teacher cache (tokens): 21 images x 20 B = 0.00 MB in {tmp_path}")
     assert "21 images to go, about 0 s (" in said
     make(tmp_path).open(Asked(), BATCH, tolerance=1e-2, show=True)
     assert capsys.readouterr().out == ""

@@ -60,6 +60,11 @@ def _accumulate(loss: Tensor, parameters: Sequence[Tensor], vectors: Tensor, pro
                 total += second.flatten().to(total)
 
 
+def _all_finite(values: Tensor) -> bool:
+    """Without a tensor of their size; both ends are NaN where anything is."""
+    return all(end.isfinite() for end in values.aminmax())
+
+
 def hessian_vector_product(losses: Losses, parameters: Iterable[Tensor], vector: Tensor) -> Tensor:
     """``H v``, H the Hessian of the sum of all losses with respect to the parameters, by double backward.
 
@@ -100,7 +105,7 @@ def hessian_vector_product(losses: Losses, parameters: Iterable[Tensor], vector:
             del loss  # or its graph lives on while the next one is built
     if count == 0:
         raise ValueError("losses() yielded nothing; it must return a new iterable at every call")
-    if not (math.isfinite(total) and products.isfinite().all()):
+    if not (math.isfinite(total) and _all_finite(products)):
         found = f"found NaN or infinity at a loss of {total}"
         raise NumericsError(f"Hessian-vector product: expected finite numbers, {found}")
     return products.reshape(vector.shape)
@@ -127,7 +132,7 @@ def _apply(matvec: Matvec, vectors: Tensor) -> Tensor:
     products = matvec(vectors)
     if products.shape != vectors.shape:
         raise ValueError(f"matvec must keep the shape {tuple(vectors.shape)}, got {tuple(products.shape)}")
-    if not products.isfinite().all():
+    if not _all_finite(products):
         raise NumericsError("matrix-vector product: expected finite numbers, found NaN or infinity")
     return products
 

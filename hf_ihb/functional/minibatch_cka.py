@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from hf_ihb.functional.similarity import _CONSTANT, _centered_and_scale, _centered_rbf_gram, _float, _hsic
+from hf_ihb.functional.similarity import _CONSTANT, _centered_rbf_gram, _float, _hsic
 
 Kernel = Literal["linear", "rbf"]
 
@@ -30,7 +30,7 @@ class MinibatchCKA:
 
     Gram matrices are float32 (float64 for float64 features) on the features' device, centred and scaled per chunk; the
     scale is put back, and sums over rows, chunks and pairs are float64 on the CPU. A chunk of n rows takes
-    about ``16 n^2`` bytes of it per layer and kernel while it is worked on.
+    about ``12 n^2`` bytes of it per layer and kernel while it is worked on.
 
     Args:
         rows_per_batch: Rows n of a chunk, >= 4.
@@ -74,7 +74,7 @@ class MinibatchCKA:
         """
         layers = [*x, *(y or ())]
         self._check(x, y)
-        if self._pending:
+        if self._pending and len(self._pending[0]):
             layers = [torch.cat(parts) for parts in zip(self._pending, layers, strict=True)]
         whole = len(layers[0]) // self.rows_per_batch * self.rows_per_batch
         for start in range(0, whole, self.rows_per_batch):
@@ -125,26 +125,32 @@ class MinibatchCKA:
         """Of one chunk, >= 4 rows of each layer of x, then of y."""
         n = len(layers[0])
         grams = {kernel: torch.empty(len(layers), n, n, dtype=torch.float64) for kernel in self.kernels}
-        for i, features in enumerate(layers):
-            for kernel, gram in self._grams(features).items():
-                grams[kernel][i] = gram
+        for i, features in enumerate(layers):  # layer by layer, for one layer's numbers stay in the cache
+            self._fill({kernel: gram[i] for kernel, gram in grams.items()}, features)
         num_x = len(self._widths[0])
         return {kernel: _Sums.of_chunk(gram, num_x, self._widths[1] is None) for kernel, gram in grams.items()}
 
-    def _grams(self, features: Tensor) -> dict[Kernel, Tensor]:
-        """The centred Gram matrix ``(n, n)`` of one layer for each kernel, float64 on the CPU."""
+    def _fill(self, grams: dict[Kernel, Tensor], features: Tensor) -> None:
+        """Writes the centred Gram matrix ``(n, n)`` of one layer for each kernel."""
         with torch.autocast(features.device.type, enabled=False):
-            centered, scale = _centered_and_scale(_float(features), None)
-            # once more: beside a channel far from zero, the rounded mean leaves an offset
-            centered, rescale = _centered_and_scale(centered, None)
+            centered, scale = _centered_and_scale(_float(features))
             inner = centered @ centered.mT
-            found = {}
-            if "linear" in self.kernels:
-                found["linear"] = inner.cpu().double() * (scale.cpu().double() * rescale.cpu().double()).square()
-            if "rbf" in self.kernels:
-                gram = _centered_rbf_gram(inner, None, self.bandwidth).cpu().double()
-                found["rbf"] = torch.where(gram.trace() > 0, gram, torch.nan)  # zero: it has no median distance
-        return found
+            if "linear" in grams:
+                grams["linear"].copy_(inner).mul_(scale.cpu().double().square())
+            if "rbf" in grams:
+                gram = grams["rbf"].copy_(_centered_rbf_gram(inner, None, self.bandwidth))
+                if not gram.trace() > 0:  # it has no median distance
+                    gram.fill_(torch.nan)
+
+
+def _centered_and_scale(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Features minus their mean over rows, divided by the largest of them, and that; constant features become zero."""
+    centered = features - features.mean(dim=0)
+    # once more: beside a channel far from zero, the rounded mean leaves an offset
+    centered = centered - centered.mean(dim=0)
+    largest, size = (torch.maximum(high, -low) for low, high in (features.aminmax(), centered.aminmax()))
+    constant = size <= _CONSTANT * largest
+    return centered / torch.where(constant, torch.inf, size), size
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,8 @@ class _Sums:
         cross = _hsic(
             grams[x] @ grams[y].mT, diagonals[x] @ diagonals[y].mT, torch.outer(traces[x], traces[y]), count, "debiased"
         )
-        inner, products = grams.square().sum(dim=-1), diagonals.square().sum(dim=-1)
+        # gram by gram, for the squares of all of them at once would be as large as they are
+        inner, products = torch.stack([gram @ gram for gram in grams]), diagonals.square().sum(dim=-1)
         self_terms = torch.stack([_hsic(inner, products, traces.square(), count, e) for e in ("debiased", "biased")])
         return cls(pairs * cross, pairs * self_terms[:, x], pairs * self_terms[:, y])
 

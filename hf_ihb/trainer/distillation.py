@@ -10,11 +10,12 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, TrainingArguments
 
 from hf_ihb.arguments import DistillationTrainingArguments
+from hf_ihb.data import StoredSplit, placement
 from hf_ihb.errors import DataError, RecipeError
 from hf_ihb.models.processing import pixel_format
 from hf_ihb.models.teacher import Teacher
 from hf_ihb.records import library_versions
-from hf_ihb.teacher_cache import Kind, Layout, TeacherCache, cache_root, describe_images, describe_teacher
+from hf_ihb.teacher_cache import Kind, Layout, TeacherCache, cache_root, describe_teacher
 from hf_ihb.trainer.supervised import SupervisedTrainer
 from hf_ihb.views import Views, as_float
 
@@ -30,7 +31,7 @@ class DistillationTrainer(SupervisedTrainer):
 
     Where the teacher sees the stored image, what it says of it is a constant: it is computed once, kept on disk by the
     image's place in the training set, and read in every step (`teacher_cache`). That needs a training set of stored
-    images with a `fingerprint`, as `ImageSplit` is.
+    images, a `StoredSplit`.
 
     A teacher whose `control` is ``shuffled`` sees the next image of the per-device batch in training: pairs are lost,
     the distribution of what it says stays. In evaluation, and where statistics are taken, it sees its own.
@@ -127,7 +128,7 @@ class DistillationTrainer(SupervisedTrainer):
                 tolerance=_TOLERANCES[self._teacher_precision],
                 show=self.is_world_process_zero() and not self.args.disable_tqdm,
             )
-            cache.place(self.args.device, "host" if self.args.device.type == "cpu" else "device")
+            cache.place(self.args.device, placement(cache.num_bytes, self.args.device))
             self.teacher_cache = cache
 
     def _wanted_cache(self) -> tuple[TeacherCache | None, str]:
@@ -144,7 +145,7 @@ class DistillationTrainer(SupervisedTrainer):
         description = {
             "teacher": describe_teacher(self.teacher),
             "precision": f"{self._teacher_precision} on {self.args.device.type}",
-            "images": describe_images(self.train_dataset),
+            "images": self.train_dataset.fingerprint(),
             "versions": library_versions("torch", "transformers", "timm"),
             **self._cache_description(kind),
         }
@@ -161,8 +162,7 @@ class DistillationTrainer(SupervisedTrainer):
 
     def _cache_obstacle(self) -> str | None:
         """Why what the teacher says of a training image is not a constant, or cannot be looked up."""
-        dataset = self.train_dataset
-        if not (hasattr(dataset, "fingerprint") or hasattr(dataset, "images")) or not hasattr(dataset, "__len__"):
+        if not isinstance(self.train_dataset, StoredSplit):
             return "the training set is not one of stored images"
         if self.args.teacher_view == "identical":
             return "the teacher sees the student's augmented image, a new one in every epoch"

@@ -20,7 +20,7 @@ from transformers.utils.hub import PushInProgress
 
 from hf_ihb.arguments import AugmentationArguments, SupervisedTrainingArguments
 from hf_ihb.checkpoint import load_module, newest_checkpoint, save_module
-from hf_ihb.data import collate_images
+from hf_ihb.data import ImageSplit, collate_images, placement
 from hf_ihb.errors import CheckpointError, DataError, NumericsError
 from hf_ihb.hub import ensure_repo
 from hf_ihb.losses import task_loss
@@ -96,6 +96,7 @@ class SupervisedTrainer(Trainer):
         if hasattr(args, "check_with"):
             args.check_with([self.augmentation])
         self._augmenter: Augmenter | None = None
+        self._on_device: dict[int, tuple[ImageSplit, ImageSplit]] = {}
         self._user_metrics, self.compute_metrics = self.compute_metrics, self._compute_metrics
         if (user_hook := self.preprocess_logits_for_metrics) is not None:
             self.preprocess_logits_for_metrics = lambda outputs, labels: {
@@ -230,13 +231,13 @@ class SupervisedTrainer(Trainer):
 
     def _augment(self, images: Tensor, index: Tensor | None) -> Views:
         if self._augmenter is None:
-            split = self.train_dataset
+            split = self._placed(self.train_dataset)
             if index is None or (self.augmentation.mixes and not hasattr(split, "images")):
                 raise DataError("stored (uint8) images: expected an `ImageSplit` or batches with 'index' to augment")
 
             def fetch(rows: Tensor) -> tuple[Tensor, Tensor]:
-                rows_here = rows.cpu()
-                return split.images[rows_here].to(rows.device), split.labels[rows_here].to(rows.device)
+                there = rows.to(split.images.device)
+                return split.images[there].to(rows.device), split.labels[there].to(rows.device)
 
             fill = self._pixels.mean[: images.shape[1]]  # a grey image has one channel where its processor has three
             self._augmenter = Augmenter(self.augmentation, self.args.seed, fill, fetch, len(split))
@@ -325,30 +326,58 @@ class SupervisedTrainer(Trainer):
         Raises:
             DataError: If there are fewer images than one batch.
         """
-        loader = super().get_train_dataloader()
+        dataset = self.train_dataset
+        try:
+            self.train_dataset = self._placed(dataset)
+            with self._loading(self.train_dataset):
+                loader = super().get_train_dataloader()
+        finally:
+            self.train_dataset = dataset
         if hasattr(self.train_dataset, "__len__") and len(loader) == 0:
             batch = self._train_batch_size * self.args.world_size
             raise DataError(f"0 steps: {len(self.train_dataset)} training images do not fill one batch of {batch}")
         return loader
 
+    def _placed(self, dataset: Any) -> Any:
+        """Stored images on the accelerator, where they fit; any other data set as it is."""
+        if not isinstance(dataset, ImageSplit):
+            return dataset
+        if id(dataset) not in self._on_device:
+            fits = placement(dataset.images.nbytes, self.args.device) == "device"
+            self._on_device[id(dataset)] = (dataset, dataset.to(self.args.device) if fits else dataset)
+        return self._on_device[id(dataset)][1]
+
     @contextlib.contextmanager
-    def _every_image(self) -> Iterator[None]:
-        """`dataloader_drop_last` is about training; stock Trainer drops evaluation images by it as well."""
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+    def _loading(self, dataset: Any, *, every_image: bool = False) -> Iterator[None]:
+        """Loader settings that fit the data.
+
+        Images on an accelerator are gathered there, by this process, and need no pinning. `dataloader_drop_last` is
+        about training; stock Trainer drops evaluation images by it as well.
+        """
+        args, changed = self.args, {"dataloader_drop_last": False} if every_image else {}
+        if isinstance(dataset, ImageSplit) and dataset.images.device.type != "cpu":
+            changed |= {"dataloader_num_workers": 0, "dataloader_pin_memory": False}
+            changed |= {"dataloader_prefetch_factor": None, "dataloader_persistent_workers": False}
+        before = {name: getattr(args, name) for name in changed}
         try:
+            vars(args).update(changed)
             yield
         finally:
-            self.args.dataloader_drop_last = drop_last
+            vars(args).update(before)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As `Trainer.get_eval_dataloader`, over every image."""
-        with self._every_image():
-            return super().get_eval_dataloader(eval_dataset)
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        dataset = self._placed(self.eval_dataset if eval_dataset is None else eval_dataset)
+        with self._loading(dataset, every_image=True):
+            return super().get_eval_dataloader(dataset)
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
         """As `Trainer.get_test_dataloader`, over every image."""
-        with self._every_image():
-            return super().get_test_dataloader(test_dataset)
+        dataset = self._placed(test_dataset)
+        with self._loading(dataset, every_image=True):
+            return super().get_test_dataloader(dataset)
 
     # ---- Evaluation ----
 

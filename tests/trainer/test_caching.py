@@ -259,7 +259,7 @@ def test_auto_leaves_the_cache_where_the_disk_is_full(structural, capsys, monkey
     monkeypatch.setattr("hf_ihb.teacher_cache.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     kind, said = chosen(structural(cka_weight=1.0, max_steps=50), capsys)
     assert kind == "off"
-    assert "found 250 B (25% of what is free)" in said
+    assert "found 0.00 MB (25% of what is free)" in said
 
 
 def test_a_set_without_stored_images_is_asked_about_live(structural, capsys):

@@ -1,0 +1,217 @@
+"""Encoded images of a data set -> uint8 pixels."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import PIL
+import torch
+from huggingface_hub import constants
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_ihb.errors import DataError
+
+MAX_PIXELS = 1 << 26
+PIL_MODES = {"rgb": "RGB", "grayscale": "L"}
+_AT_ONCE = 16  # images a thread takes at a time: handing them over one by one costs as much as decoding a small PNG
+_ROWS_BETWEEN_UPDATES = 512
+
+
+class RowError(DataError):
+    """A row that cannot be used.
+
+    A `DataLoader` raises an error of a worker process anew, with that process's traceback as the message; the last line
+    of it is what the error said.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """The images of a split as the data set stores them, decoded when they are asked for.
+
+    Attributes:
+        table: Holds them.
+        column: Their column in it.
+        rows: ``(N,)`` their rows in it, int64.
+        size: Height and width of the decoded images.
+        resizes: Whether images of another size are resized, or refused.
+        mode: One of PIL's modes.
+        where: Data set and split, for errors.
+        local: Whether images may be files of this machine.
+        identity: What tells the table from every other.
+    """
+
+    table: datasets.Dataset
+    column: str
+    rows: np.ndarray
+    size: tuple[int, int]
+    resizes: bool
+    mode: str
+    where: str
+    local: bool
+    identity: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """``(N, C, H, W)`` of the decoded images."""
+        return len(self.rows), len(Image.new(self.mode, (1, 1)).getbands()), *self.size
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the decoded images."""
+        return int(np.prod(self.shape))
+
+    def select(self, positions: Tensor) -> "EncodedImages":
+        """Those at some positions."""
+        return replace(self, rows=self.rows[positions.numpy()])
+
+    def description(self) -> dict[str, Any]:
+        """Everything that determines the decoded images, as JSON."""
+        return {
+            "table": list(self.identity),
+            "column": self.column,
+            "rows": hashlib.sha256(np.ascontiguousarray(self.rows, dtype="<i8").tobytes()).hexdigest(),
+            "shape": list(self.shape),
+            "mode": self.mode,
+            "pillow": PIL.__version__,
+        }
+
+    def fingerprint(self) -> str:
+        """Hash of `description`."""
+        return hashlib.sha256(json.dumps(self.description(), sort_keys=True).encode()).hexdigest()
+
+    def decode(self, positions: Sequence[int] | Tensor, num_workers: int = 1) -> Tensor:
+        """``(n, C, H, W)`` uint8 of some images; the same for any number of workers.
+
+        Args:
+            positions: Among the N, in [0, N).
+            num_workers: Threads; Pillow lets go of the interpreter while it decodes and resizes.
+
+        Raises:
+            DataError: If an image cannot be used, and of several, the first.
+        """
+        rows = self.rows[np.asarray(positions)].tolist()
+        encoded = self.table[rows][self.column]
+        images = torch.empty((len(rows), *self.shape[1:]), dtype=torch.uint8)
+
+        def fill(start: int) -> None:
+            for i in range(start, min(start + _AT_ONCE, len(rows))):
+                images[i] = self._pixels(encoded[i], rows[i])
+
+        starts = range(0, len(rows), _AT_ONCE)
+        with _bombs_are_errors():
+            if num_workers == 1 or len(starts) == 1:
+                for start in starts:
+                    fill(start)
+            else:
+                with ThreadPoolExecutor(num_workers) as pool:
+                    for _ in pool.map(fill, starts):  # in order, so that the first error is that of the first row
+                        pass
+        return images
+
+    def decode_all(self, num_workers: int, *, show: bool) -> Tensor:
+        """``(N, C, H, W)`` uint8, as `decode`.
+
+        Args:
+            num_workers: Threads.
+            show: With a progress bar.
+        """
+        images = torch.empty(self.shape, dtype=torch.uint8)
+        with progress_bar(self.where, len(self), show) as bar:
+            for positions in torch.arange(len(self)).split(_ROWS_BETWEEN_UPDATES):
+                images[positions[0] : positions[-1] + 1] = self.decode(positions, num_workers)
+                bar.update(len(positions))
+        return images
+
+    def _pixels(self, record: dict[str, Any], row: int) -> Tensor:
+        where = f"{self.where}, row {row}"
+        image = _open(record, self.mode, where, self.local)
+        if not self.resizes and (image.height, image.width) != self.size:
+            raise RowError(
+                f"{where}: expected {self.size[0]} x {self.size[1]} px like row 0, found {image.height} x "
+                f"{image.width}; give 'image_size' to resize"
+            )
+        return _to_tensor(image, self.size)
+
+
+def progress_bar(where: str, total: int, show: bool) -> tqdm:
+    """Counts decoded images."""
+    return tqdm(total=total, desc=f"Decoding {where}", unit="img", mininterval=1.0, disable=not show)
+
+
+def default_workers() -> int:
+    """Threads of one process where nothing else is asked for: its share of the cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def size_of_first(table: datasets.Dataset, column: str, where: str, local: bool) -> tuple[int, int]:
+    """Height and width of the first image of an undecoded column.
+
+    Raises:
+        DataError: If it cannot be used.
+    """
+    with _bombs_are_errors():
+        image = _open(table[0][column], "L", f"{where}, row 0", local)
+    return image.height, image.width
+
+
+@contextlib.contextmanager
+def _bombs_are_errors() -> Iterator[None]:
+    """Around threads, not in them: filters of warnings are the whole process's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def _open(record: dict[str, Any], mode: str, where: str, local: bool) -> Image.Image:
+    """An image in one of PIL's modes; a data set of the Hub brings its images or has them in the cache."""
+    try:
+        if record["bytes"] is None and not local and not _in_cache(record["path"]):
+            raise RowError(f"{where}: expected an image of the data set, found the path {record['path']!r}")
+        source = io.BytesIO(record["bytes"]) if record["bytes"] is not None else record["path"]
+        with Image.open(source) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise RowError(f"{where}: expected at most {MAX_PIXELS} px, found {image.width} x {image.height}")
+            return image.convert(mode)
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        TypeError,
+        Image.DecompressionBombWarning,
+        Image.DecompressionBombError,
+        UnidentifiedImageError,
+    ) as error:
+        raise RowError(f"{where}: the image cannot be decoded ({' '.join(str(error).split())[:120]})") from error
+
+
+def _in_cache(path: str | None) -> bool:
+    """Whether a path lies in a folder that data sets of the Hub are downloaded to."""
+    folders = (constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
+    return path is not None and any(Path(os.path.abspath(path)).is_relative_to(os.path.abspath(f)) for f in folders)
+
+
+def _to_tensor(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    if (image.height, image.width) != size:
+        image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    pixels = np.array(image).reshape(*size, -1)  # a grey image has no axis for its channel
+    return torch.from_numpy(pixels).permute(2, 0, 1)
