@@ -629,8 +629,8 @@ class LogitDistillationTrainingArguments(DistillationTrainingArguments):
     )
     teacher_cache: Literal["auto", "off", "logits"] = key(
         "auto",
-        "Ask the teacher once for each training image and keep its scores on disk ('logits', for teacher_view 'clean'), "
-        "in every step ('off'), or whichever needs fewer teacher forwards ('auto').",
+        "Ask the teacher once for each training image and keep its scores on disk ('logits', if teacher_view is "
+        "'clean'), in every step ('off'), or whichever needs fewer teacher forwards ('auto').",
     )
 
     def __post_init__(self) -> None:

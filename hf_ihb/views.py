@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_ihb.arguments import AugmentationArguments
 from hf_ihb.functional import augment, color, policies
+from hf_ihb.functional.constants import constant
 from hf_ihb.functional.geometry import affine_matrix, compose_affines, warp
 from hf_ihb.functional.random import counter_integers, counter_uniforms
 
@@ -29,21 +30,31 @@ class Stream(IntEnum):
 
 @dataclass
 class Views:
-    """A batch in [0, 1].
+    """A batch before and after augmentation.
 
     Attributes:
-        stored: ``(B, C, H, W)`` images as they are stored.
-        augmented: ``(B, C, H, W)`` images the student sees.
+        images: ``(B, C, H, W)`` uint8, as they are stored.
+        seen: ``(B, C, H, W)`` what the student sees of them: uint8, or float in [0, 1] where it is mixed or covered.
         affine: ``(B, 2, 3)`` from augmented to stored coordinates.
         own_share: ``(B,)`` share of the own image, 1 where it is not mixed.
         partner_labels: ``(B,)`` labels of the mixing partners; None without mixing.
     """
 
-    stored: Tensor
-    augmented: Tensor
+    images: Tensor
+    seen: Tensor
     affine: Tensor
     own_share: Tensor
     partner_labels: Tensor | None = None
+
+    @property
+    def stored(self) -> Tensor:
+        """``(B, C, H, W)`` float in [0, 1], `images`."""
+        return as_float(self.images)
+
+    @property
+    def augmented(self) -> Tensor:
+        """``(B, C, H, W)`` float in [0, 1], `seen`."""
+        return as_float(self.seen)
 
     @property
     def unmixed(self) -> Tensor:
@@ -52,8 +63,8 @@ class Views:
 
 
 def as_float(images: Tensor) -> Tensor:
-    """uint8 in [0, 255] -> float32 in [0, 1]."""
-    return images.float() / 255
+    """uint8 in [0, 255] -> float32 in [0, 1]; float as it is."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 class Augmenter:
@@ -76,22 +87,22 @@ class Augmenter:
         fetch: Callable[[Tensor], tuple[Tensor, Tensor]],
         num_images: int,
     ) -> None:
-        self.args, self.seed, self.fill = args, seed, torch.tensor(fill)
+        self.args, self.seed, self.fill = args, seed, tuple(fill)
         self.fetch, self.num_images = fetch, num_images
 
-    def __call__(self, images: Tensor, index: Tensor, epoch: int) -> Views:
+    def __call__(self, images: Tensor, index: Tensor, epoch: int | Tensor) -> Views:
         """Augments a batch.
 
         Args:
             images: ``(B, C, H, W)`` uint8.
             index: ``(B,)`` position of each image in the training split.
-            epoch: Epoch number, >= 0.
+            epoch: Epoch number, >= 0, as in `counter_words`.
         """
-        augmented, affine = self._one(images, index, epoch)
-        views = Views(as_float(images), augmented, affine, torch.ones(len(images), device=images.device))
+        seen, affine = self._one(images, index, epoch)
+        views = Views(images, seen, affine, torch.ones(len(images), device=images.device))
         return self._mix(views, index, epoch) if self.args.mixes else views
 
-    def _one(self, images: Tensor, index: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+    def _one(self, images: Tensor, index: Tensor, epoch: int | Tensor) -> tuple[Tensor, Tensor]:
         args, (height, width) = self.args, images.shape[-2:]
         draw = functools.partial(counter_uniforms, self.seed, epoch, index)
         affine = augment.identity_affine(len(images), images.device)
@@ -110,22 +121,21 @@ class Augmenter:
             drawn = self._policy(draw, height, width)
             images, moved = policies.apply_operations(images, *drawn, args.interpolation)
             affine = compose_affines(affine, moved)
-        augmented = as_float(images)
         if args.cutout_size:
             u = draw(Stream.CUTOUT, 2)
             y, x = (u[:, 0] * height).long(), (u[:, 1] * width).long()
-            augmented = augment.cutout(augmented, y, x, args.cutout_size, self.fill)
+            images = augment.cutout(as_float(images), y, x, args.cutout_size, constant(self.fill, images.device))
         if args.random_erasing:
             u = draw(Stream.ERASING, 3 + 2 * augment.ERASING_TRIES)
             top, left, tall, wide = augment.erasing_rectangles(u[:, 1:], height, width)
             tall = torch.where(u[:, 0] < args.random_erasing, tall, 0)
-            augmented = augment.erase(augmented, top, left, tall, wide, self.fill)
-        return augmented, affine
+            images = augment.erase(as_float(images), top, left, tall, wide, constant(self.fill, images.device))
+        return images, affine
 
     def _affine(self, u: Tensor, height: int, width: int) -> Tensor:
         """Rotation, shift (to whole pixels, as torchvision's `RandomAffine`), scale and horizontal shear as one."""
         args, u = self.args, 2 * u - 1
-        reach = args.translate_fraction * torch.tensor([width, height], device=u.device)
+        reach = constant((args.translate_fraction * width, args.translate_fraction * height), u.device)
         slope = torch.deg2rad(u[:, 4] * args.shear_degrees).tan()
         return affine_matrix(
             (height, width),
@@ -148,8 +158,8 @@ class Augmenter:
                 return policies.autoaugment_cifar10(draw(Stream.POLICY, 5), size)
         raise ValueError(f"auto_augment {args.auto_augment!r} is none of the policies")
 
-    def _mix(self, views: Views, index: Tensor, epoch: int) -> Views:
-        args, (height, width) = self.args, views.augmented.shape[-2:]
+    def _mix(self, views: Views, index: Tensor, epoch: int | Tensor) -> Views:
+        args, (height, width) = self.args, views.seen.shape[-2:]
         partner = counter_integers(self.seed, epoch, index, Stream.MIX_PARTNER, self.num_images)
         images, labels = self.fetch(partner)
         other, _ = self._one(images, partner, epoch)
@@ -171,7 +181,7 @@ class Augmenter:
         mixed = u[:, 0] < args.mix_probability
         weight = torch.where(mixed[:, None, None, None], weight, 1.0)
         views.own_share = torch.where(mixed, share, 1.0)
-        views.augmented = augment.mix(views.augmented, other, weight)
+        views.seen = augment.mix(as_float(views.seen), as_float(other), weight)
         views.partner_labels = labels
         return views
 

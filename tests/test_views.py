@@ -79,7 +79,7 @@ def test_views_follow_their_image_through_a_permutation(split, args, generator):
     order = torch.randperm(64, generator=generator)
     whole, shuffled = augment(split, args, torch.arange(64)), augment(split, args, order)
     partners = None if whole.partner_labels is None else whole.partner_labels[order]
-    expected = Views(whole.stored[order], whole.augmented[order], whole.affine[order], whole.own_share[order], partners)
+    expected = Views(whole.images[order], whole.seen[order], whole.affine[order], whole.own_share[order], partners)
     assert_equal_views(shuffled, expected)
 
 

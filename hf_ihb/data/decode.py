@@ -199,9 +199,10 @@ def _open(record: dict[str, Any], mode: str, where: str, local: bool) -> Image.I
         TypeError,
         Image.DecompressionBombWarning,
         Image.DecompressionBombError,
-        UnidentifiedImageError,
     ) as error:
-        raise RowError(f"{where}: the image cannot be decoded ({' '.join(str(error).split())[:120]})") from error
+        unknown = isinstance(error, UnidentifiedImageError)  # whose text is the address of a buffer
+        reason = "no format that Pillow knows" if unknown else " ".join(str(error).split())[:120]
+        raise RowError(f"{where}: the image cannot be decoded ({reason})") from error
 
 
 def _in_cache(path: str | None) -> bool:

@@ -47,14 +47,16 @@ def crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, padding: 
     return views * inside[:, None], affine
 
 
-def rectangle_mask(top: Tensor, left: Tensor, tall: Tensor, wide: Tensor, height: int, width: int) -> Tensor:
+def rectangle_mask(
+    top: Tensor, left: Tensor, tall: Tensor | int, wide: Tensor | int, height: int, width: int
+) -> Tensor:
     """Rectangles, clipped at the border.
 
     Args:
         top: ``(B,)`` int64 first row.
         left: ``(B,)`` int64 first column.
-        tall: ``(B,)`` or scalar int64 number of rows.
-        wide: ``(B,)`` or scalar int64 number of columns.
+        tall: ``(B,)`` int64 number of rows, or one for all.
+        wide: ``(B,)`` int64 number of columns, or one for all.
         height: Image rows.
         width: Image columns.
 
@@ -69,15 +71,15 @@ def rectangle_mask(top: Tensor, left: Tensor, tall: Tensor, wide: Tensor, height
 
 
 def box_mask(
-    center_y: Tensor, center_x: Tensor, box_height: Tensor, box_width: Tensor, height: int, width: int
+    center_y: Tensor, center_x: Tensor, box_height: Tensor | int, box_width: Tensor | int, height: int, width: int
 ) -> Tensor:
     """Boxes around integer centres, clipped at the border.
 
     Args:
         center_y: ``(B,)`` int64 row of the centre; the box covers rows ``[y - h // 2, y + h // 2)``.
         center_x: ``(B,)`` int64 column of the centre.
-        box_height: ``(B,)`` or scalar int64.
-        box_width: ``(B,)`` or scalar int64.
+        box_height: ``(B,)`` int64, or one for all.
+        box_width: ``(B,)`` int64, or one for all.
         height: Image rows.
         width: Image columns.
 
@@ -104,8 +106,7 @@ def cutout(images: Tensor, center_y: Tensor, center_x: Tensor, size: int, fill: 
     References:
         DeVries and Taylor, 2017, https://arxiv.org/abs/1708.04552
     """
-    side = torch.as_tensor(size, device=images.device)
-    covered = box_mask(center_y, center_x, side, side, *images.shape[-2:])
+    covered = box_mask(center_y, center_x, size, size, *images.shape[-2:])
     return torch.where(covered, fill.to(images)[:, None, None], images)
 
 
@@ -158,10 +159,11 @@ def erase(images: Tensor, top: Tensor, left: Tensor, tall: Tensor, wide: Tensor,
     return torch.where(covered, fill.to(images)[:, None, None], images)
 
 
+@torch.compiler.assume_constant_result
 @functools.lru_cache(maxsize=8)
-def _beta_quantiles(alpha: float, resolution: int) -> Tensor:
+def _beta_quantiles(alpha: float, resolution: int, device: torch.device) -> Tensor:
     middle = (torch.arange(resolution, dtype=torch.float64) + 0.5) / resolution
-    return torch.from_numpy(betaincinv(alpha, alpha, middle.numpy())).float()
+    return torch.from_numpy(betaincinv(alpha, alpha, middle.numpy())).float().to(device)
 
 
 def beta_from_uniform(uniform: Tensor, alpha: float, resolution: int = 1 << 16) -> Tensor:
@@ -177,7 +179,7 @@ def beta_from_uniform(uniform: Tensor, alpha: float, resolution: int = 1 << 16) 
     Returns:
         Same shape as `uniform`, in (0, 1).
     """
-    table = _beta_quantiles(alpha, resolution).to(uniform.device)
+    table = _beta_quantiles(alpha, resolution, uniform.device)
     return table[(uniform * resolution).long().clamp(max=resolution - 1)]
 
 

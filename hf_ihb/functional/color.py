@@ -12,24 +12,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_ihb.functional.constants import constant
+
+
+def _may_group(images: Tensor) -> bool:
+    """Whether sizes of groups are known without a wait for the device, and shapes may depend on them."""
+    return images.device.type == "cpu" and not torch.compiler.is_compiling()
+
 
 def apply_by_choice(
-    images: Tensor, choice: Tensor, count: int, function: Callable[[int, Tensor, Tensor], Tensor]
+    images: Tensor, choice: Tensor, candidates: Sequence[int], function: Callable[[int, Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Gives each sample what it drew, in one call for all samples that drew the same.
+    """Gives each sample what it drew.
+
+    On the CPU in one call for all samples that drew the same. Elsewhere, and in a compiled graph, every candidate is
+    made of all samples and then chosen from: more work, but of fixed shapes, and nothing is waited for.
 
     Args:
         images: ``(B, ...)``.
-        choice: ``(B,)`` int64 in [0, count), what each sample drew.
-        count: Number of things to draw from.
+        choice: ``(B,)`` int64, what each sample drew.
+        candidates: What can be drawn, ascending.
         function: Takes what was drawn, the ``(n, ...)`` images that drew it and their ``(n,)`` rows; returns
             ``(n, ...)``.
 
     Returns:
         ``(B, ...)``.
     """
+    if not _may_group(images):
+        rows, result = torch.arange(len(images), device=images.device), images
+        for drawn in candidates:
+            mine = (choice == drawn).view(-1, *[1] * (images.ndim - 1))
+            result = torch.where(mine, function(drawn, images, rows), result)
+        return result
     order = choice.argsort(stable=True)
-    sizes = torch.bincount(choice, minlength=count).tolist()  # the one synchronisation with the device
+    sizes = torch.bincount(choice, minlength=candidates[-1] + 1).tolist()
     groups = zip(images.index_select(0, order).split(sizes), order.split(sizes), strict=True)
     parts = [function(drawn, part, rows) if len(rows) else part for drawn, (part, rows) in enumerate(groups)]
     return torch.cat(parts).index_select(0, order.argsort())
@@ -100,7 +116,7 @@ def adjust_hue(images: Tensor, turns: Tensor) -> Tensor:
     hue += (red - green + 4 * chroma) * ~(is_red | is_green)
     hue = hue / chroma.clamp_min(1) + 6 * turns[:, None, None]  # in sixths; levels are whole, so chroma is 0 or >= 1
     hue = hue - 6 * (hue / 6).floor_()
-    center, sign, offset = torch.tensor([[3.0, 2, 4], [1, -1, -1], [-1, 2, 2]], device=images.device)[..., None, None]
+    center, sign, offset = constant(((3, 2, 4), (1, -1, -1), (-1, 2, 2)), images.device)[..., None, None]
     share = (hue[:, None] - center).abs_().mul_(sign).add_(offset).clamp_(0, 1)
     # the factor is torchvision's way of not cutting a level off where rounding made 0.99... of a whole number
     return _as_levels(share.mul_(chroma[:, None]).add_(low[:, None]).mul_(255.999 / 255))
@@ -152,12 +168,20 @@ def autocontrast(images: Tensor) -> Tensor:
     return _as_levels((images - torch.where(flat, 0, low)).div_(step))
 
 
+def _level_counts(levels: Tensor) -> Tensor:
+    """``(N, pixels)`` uint8 -> ``(N, 256)`` int32, how often each row has each level."""
+    if _may_group(levels):  # elsewhere it would wait to learn how many bins there are
+        row = torch.arange(len(levels), dtype=torch.int32)[:, None]
+        return torch.bincount((levels + 256 * row).flatten(), minlength=256 * len(levels)).view(-1, 256).int()
+    counts = torch.zeros(len(levels), 256, dtype=torch.int32, device=levels.device)
+    return counts.scatter_add_(1, levels.long(), torch.ones_like(levels, dtype=torch.int32))
+
+
 def equalize(images: Tensor) -> Tensor:
     """Gives each channel levels that are used about equally often, by PIL's integer rule."""
     batch, channels, height, width = images.shape
-    channel = torch.arange(batch * channels, device=images.device, dtype=torch.int32)[:, None]
     levels = images.reshape(batch * channels, height * width)
-    counts = torch.bincount((levels + 256 * channel).flatten(), minlength=256 * len(levels)).view(-1, 256).int()
+    counts = _level_counts(levels)
     darker = counts.cumsum(1, dtype=torch.int32) - counts
     levels = levels.long()
     step = darker.gather(1, levels.amax(1, keepdim=True)) // 255  # of the brightest level: all pixels that are not it
@@ -190,8 +214,8 @@ def jitter_draws(uniforms: Tensor, amounts: Sequence[float]) -> tuple[Tensor, Te
         ``(B, 4)`` int64 order, all permutations being equally likely; and ``(B, 4)`` parameters, uniform between
         ``1 - amount`` and ``1 + amount``, for hue between ``-amount`` and ``amount``.
     """
-    half_width = torch.tensor(tuple(amounts), device=uniforms.device)
-    middle = torch.tensor([1.0, 1.0, 1.0, 0.0], device=uniforms.device)
+    half_width = constant(tuple(amounts), uniforms.device)
+    middle = constant((1, 1, 1, 0), uniforms.device)
     return uniforms[:, :4].argsort(dim=1, stable=True), middle + half_width * (2 * uniforms[:, 4:8] - 1)
 
 
@@ -212,5 +236,5 @@ def color_jitter(images: Tensor, order: Tensor, parameters: Tensor, amounts: Seq
         return _JITTER[k](part, parameters[rows, k]) if amounts[k] else part
 
     for choice in order.unbind(1):
-        images = apply_by_choice(images, choice, len(_JITTER), adjust)
+        images = apply_by_choice(images, choice, range(len(_JITTER)), adjust)
     return images

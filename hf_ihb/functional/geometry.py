@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_ihb.functional.constants import constant
+
 Interpolation = Literal["nearest", "bilinear"]
 
 
@@ -50,7 +52,7 @@ def affine_matrix(
         linear = linear / scale[:, None, None]
     target = center + translate
     shift = center - (linear[:, :, 0] * target[:, :1] + linear[:, :, 1] * target[:, 1:])
-    half = torch.tensor([width / 2, height / 2], device=linear.device)
+    half = constant((width / 2, height / 2), linear.device)
     return torch.cat((linear * half / half[:, None], (shift / half)[:, :, None]), dim=2)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_ihb.functional import color
 from hf_ihb.functional.augment import identity_affine
+from hf_ihb.functional.constants import constant
 from hf_ihb.functional.geometry import Interpolation, affine_matrix, compose_affines, warp
 
 
@@ -42,6 +43,8 @@ class Operation(IntEnum):
 
 _NUM_DRAWN = 14  # IDENTITY to EQUALIZE
 _LAST_GEOMETRIC, _LAST_SIGNED = Operation.ROTATE, Operation.SHARPNESS
+# all that move are one warp
+_KINDS = (Operation.IDENTITY, *(operation for operation in Operation if operation >= _LAST_GEOMETRIC))
 RANDAUGMENT_BINS = 31
 _AUTOAUGMENT_BINS = 10
 
@@ -76,6 +79,7 @@ CIFAR10_PAIRS = (
 )
 
 
+@torch.compiler.assume_constant_result
 @functools.lru_cache(maxsize=32)
 def magnitude_table(
     space: Literal["standard", "wide"], bins: int, size: tuple[int, int], device: torch.device
@@ -104,12 +108,6 @@ def magnitude_table(
     table[Operation.POSTERIZE] = (8 - torch.linspace(0, lost_bits, bins)).round()
     table[Operation.SOLARIZE] = torch.linspace(1, 0, bins)
     return table.to(device)
-
-
-@functools.lru_cache(maxsize=8)
-def _cifar10_table(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    operation, probability, magnitude_bin = torch.tensor(CIFAR10_PAIRS).to(device).unbind(-1)
-    return operation.long(), probability, magnitude_bin.long()  # (25, 2) each
 
 
 def _signed(operation: Tensor, magnitude: Tensor, uniform: Tensor) -> Tensor:
@@ -170,9 +168,9 @@ def autoaugment_cifar10(uniforms: Tensor, size: tuple[int, int]) -> tuple[Tensor
     """
     table = magnitude_table("standard", _AUTOAUGMENT_BINS, size, uniforms.device)
     pair = (uniforms[:, 0] * len(CIFAR10_PAIRS)).long()
-    operation, probability, magnitude_bin = (column[pair] for column in _cifar10_table(uniforms.device))
-    operation = torch.where(uniforms[:, 1:3] < probability, operation, Operation.IDENTITY)
-    return operation, _signed(operation, table[operation, magnitude_bin], uniforms[:, 3:])
+    drawn, probability, magnitude_bin = constant(CIFAR10_PAIRS, uniforms.device)[pair].unbind(-1)
+    operation = torch.where(uniforms[:, 1:3] < probability, drawn.long(), Operation.IDENTITY)
+    return operation, _signed(operation, table[operation, magnitude_bin.long()], uniforms[:, 3:])
 
 
 def operation_affine(operation: Tensor, magnitude: Tensor, size: tuple[int, int]) -> Tensor:
@@ -192,7 +190,7 @@ def operation_affine(operation: Tensor, magnitude: Tensor, size: tuple[int, int]
         return torch.where(drawn, magnitude[:, None], 0)
 
     slope = pair(Operation.SHEAR_X, Operation.SHEAR_Y)
-    corner = torch.tensor([-size[1] / 2, -size[0] / 2], device=magnitude.device)
+    corner = constant((-size[1] / 2, -size[0] / 2), magnitude.device)
     return affine_matrix(
         size,
         degrees=torch.where(operation == Operation.ROTATE, -magnitude, 0),
@@ -240,7 +238,7 @@ def apply_operation(
         return _recolor(drawn, part, magnitude[rows])
 
     kind = torch.where(geometric, _LAST_GEOMETRIC, operation)  # one warp for all that move
-    return color.apply_by_choice(images, kind, len(Operation), apply), affine
+    return color.apply_by_choice(images, kind, _KINDS, apply), affine
 
 
 def apply_operations(

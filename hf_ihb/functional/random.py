@@ -40,12 +40,12 @@ def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
     return torch.stack((x0, x1, x2, x3), dim=-1)
 
 
-def counter_words(seed: int, epoch: int, index: Tensor, stream: int, count: int) -> Tensor:
+def counter_words(seed: int, epoch: int | Tensor, index: Tensor, stream: int, count: int) -> Tensor:
     """Random 32-bit words for each sample.
 
     Args:
         seed: Run seed, in [0, 2^64).
-        epoch: Epoch number, in [0, 2^32).
+        epoch: Epoch number, in [0, 2^32); as a scalar int64 tensor it is not compiled into a graph.
         index: ``(B,)`` int64 sample indices, >= 0.
         stream: Purpose of the numbers, in [0, 2^16); streams are independent of each other.
         count: Words per sample, in [1, 2^18].
@@ -55,13 +55,12 @@ def counter_words(seed: int, epoch: int, index: Tensor, stream: int, count: int)
     """
     blocks = torch.arange((count + 3) // 4, device=index.device)
     index = index.long()[:, None].expand(-1, len(blocks))
-    counter = torch.stack(
-        (index & _WORD, index >> 32, torch.full_like(index, epoch), (stream << 16) + blocks.expand_as(index)), dim=-1
-    )
+    epochs = epoch.expand_as(index) if isinstance(epoch, Tensor) else torch.full_like(index, epoch)
+    counter = torch.stack((index & _WORD, index >> 32, epochs, (stream << 16) + blocks.expand_as(index)), dim=-1)
     return philox(counter, (seed & _WORD, (seed >> 32) & _WORD)).flatten(1)[:, :count]
 
 
-def counter_uniforms(seed: int, epoch: int, index: Tensor, stream: int, count: int) -> Tensor:
+def counter_uniforms(seed: int, epoch: int | Tensor, index: Tensor, stream: int, count: int) -> Tensor:
     """Uniform numbers for each sample; arguments as in `counter_words`.
 
     Returns:
@@ -70,7 +69,7 @@ def counter_uniforms(seed: int, epoch: int, index: Tensor, stream: int, count: i
     return (counter_words(seed, epoch, index, stream, count) >> 8).float() * 2.0**-24
 
 
-def counter_integers(seed: int, epoch: int, index: Tensor, stream: int, high: int) -> Tensor:
+def counter_integers(seed: int, epoch: int | Tensor, index: Tensor, stream: int, high: int) -> Tensor:
     """One integer for each sample; arguments as in `counter_words`.
 
     Returns:

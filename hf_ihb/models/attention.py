@@ -298,9 +298,7 @@ def _attention_weights(
             scores.masked_fill_(~attn_mask, -torch.inf)
         elif attn_mask is not None:
             scores += attn_mask
-        # in place, where `softmax` would hold a second map
-        scores.sub_(scores.amax(dim=-1, keepdim=True)).exp_()
-        return scores.div_(scores.sum(dim=-1, keepdim=True))
+        return scores.softmax(dim=-1)  # a second map, until this returns
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers import ViTImageProcessor
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
+from hf_ihb.functional.constants import constant
+
 
 class PixelFormat(NamedTuple):
     """Normalisation and size a model was trained with.
@@ -23,18 +25,29 @@ class PixelFormat(NamedTuple):
     size: tuple[int, int] | None
 
     def apply(self, images: Tensor) -> Tensor:
-        """Resizes (bicubic, antialiased) and normalises ``(B, C, H, W)`` float images in [0, 1].
+        """Resizes (bicubic, antialiased) and normalises images.
+
+        Args:
+            images: ``(B, C, H, W)``, uint8 or float in [0, 1].
 
         Returns:
             ``(B, len(mean), H, W)``: grey images become equal channels, and the channels of a colour image their mean
             where the model is shown one.
         """
+        resized = self.size is not None and tuple(images.shape[-2:]) != self.size
+        levels = 255.0 if images.dtype == torch.uint8 else 1.0
+        if levels == 255 and (resized or len(self.mean) == 1):
+            images, levels = images.float() / 255, 1.0
         if len(self.mean) == 1:
             images = images.mean(1, keepdim=True)
-        if self.size is not None and tuple(images.shape[-2:]) != self.size:
+        if resized:
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True).clamp(0, 1)
-        mean, std = (torch.tensor(v, device=images.device, dtype=images.dtype) for v in (self.mean, self.std))
-        return (images - mean[:, None, None]) / std[:, None, None]  # one channel against three means gives three
+        # (x - mean) / std as one multiplication, which reads uint8 directly, and one addition in place
+        dtype = torch.float32 if levels == 255 else images.dtype
+        scale = constant(tuple(1 / (levels * s) for s in self.std), images.device, dtype)
+        shift = constant(tuple(-m / s for m, s in zip(self.mean, self.std, strict=True)), images.device, dtype)
+        # one channel against three means gives three
+        return (images * scale[:, None, None]).add_(shift[:, None, None])
 
 
 def pixel_format(processor: Any) -> PixelFormat:

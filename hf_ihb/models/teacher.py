@@ -78,7 +78,7 @@ class Teacher:
         self.permutation = None if permutation is None else permutation.to(self.model.device)
 
     def prepare(self, images: Tensor) -> Tensor:
-        """``(B, C, H, W)`` float images in [0, 1] -> normalised pixels at the teacher's resolution."""
+        """Images as `PixelFormat.apply` takes them -> normalised pixels at the teacher's resolution."""
         if self.pixels is None:
             raise TeacherMismatchError(
                 f"teacher '{self.name}': expected its image processor to normalise stored images, found none; "

@@ -17,7 +17,7 @@ from hf_ihb.models.teacher import Teacher
 from hf_ihb.records import library_versions
 from hf_ihb.teacher_cache import Kind, Layout, TeacherCache, cache_root, describe_teacher
 from hf_ihb.trainer.supervised import SupervisedTrainer
-from hf_ihb.views import Views, as_float
+from hf_ihb.views import Views
 
 # Relative error between a row of the cache and the same row computed anew: storage and, in bfloat16, kernels that round
 # differently in another batch.
@@ -92,11 +92,10 @@ class DistillationTrainer(SupervisedTrainer):
             pixels = inputs["teacher_pixel_values"]
         elif views is not None:
             identical = self.args.teacher_view == "identical"
-            images = views.augmented if identical else views.stored
-            pixels = self.teacher.prepare(as_float(images) if images.dtype == torch.uint8 else images)
+            pixels = self.teacher.prepare(views.seen if identical else views.images)
         else:
             pixels = inputs["pixel_values"]
-            pixels = self.teacher.prepare(as_float(pixels)) if pixels.dtype == torch.uint8 else pixels
+            pixels = self.teacher.prepare(pixels) if pixels.dtype == torch.uint8 else pixels
         return pixels.roll(-1, dims=0) if self._breaks_pairs else pixels
 
     # ---- The cache ----

@@ -30,7 +30,7 @@ from hf_ihb.models.student import TOKEN_PARAMETERS, input_size
 from hf_ihb.trainer.averaging import Averaging
 from hf_ihb.trainer.callbacks import EarlyStopping, Hooks
 from hf_ihb.trainer.publishing import Publishing
-from hf_ihb.views import Augmenter, Views, as_float, class_targets
+from hf_ihb.views import Augmenter, Views, class_targets
 
 
 class SupervisedTrainer(Trainer):
@@ -225,9 +225,9 @@ class SupervisedTrainer(Trainer):
         if self._pixels is None:
             raise DataError("stored (uint8) images: expected a 'processing_class' with mean and std, found none")
         if not train:
-            return self._pixels.apply(as_float(images)), None
+            return self._pixels.apply(images), None
         views = self._augment(images, inputs.get("index"))
-        return self._pixels.apply(views.augmented), views
+        return self._pixels.apply(views.seen), views
 
     def _augment(self, images: Tensor, index: Tensor | None) -> Views:
         if self._augmenter is None:
