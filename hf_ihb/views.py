@@ -75,7 +75,8 @@ class Augmenter:
         seed: Run seed.
         fill: Mean colour in [0, 1], one value a channel; what cutout leaves behind.
         fetch: Positions of training images -> (uint8 images ``(B, C, H, W)``, labels ``(B,)``); mixing partners come
-            from the whole split, so a batch's composition does not matter.
+            from the whole split, so a batch's composition does not matter. None where images cannot be had at random:
+            the partner is the next image of the batch then.
         num_images: Size of the training split.
     """
 
@@ -84,23 +85,36 @@ class Augmenter:
         args: AugmentationArguments,
         seed: int,
         fill: tuple[float, ...],
-        fetch: Callable[[Tensor], tuple[Tensor, Tensor]],
+        fetch: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
         num_images: int,
     ) -> None:
         self.args, self.seed, self.fill = args, seed, tuple(fill)
         self.fetch, self.num_images = fetch, num_images
 
-    def __call__(self, images: Tensor, index: Tensor, epoch: int | Tensor) -> Views:
+    def __call__(self, images: Tensor, index: Tensor, epoch: int | Tensor, labels: Tensor | None = None) -> Views:
         """Augments a batch.
 
         Args:
             images: ``(B, C, H, W)`` uint8.
             index: ``(B,)`` position of each image in the training split.
             epoch: Epoch number, >= 0, as in `counter_words`.
+            labels: ``(B,)``, where mixing partners come from the batch.
+
+        Raises:
+            ValueError: If the labels are needed and not given.
         """
         seen, affine = self._one(images, index, epoch)
         views = Views(images, seen, affine, torch.ones(len(images), device=images.device))
-        return self._mix(views, index, epoch) if self.args.mixes else views
+        if not self.args.mixes:
+            return views
+        if self.fetch is None:
+            if labels is None:
+                raise ValueError("mixing partners from the batch: expected its labels, found none")
+            return self._mix(views, index, epoch, seen.roll(-1, 0), labels.roll(-1, 0))
+        partner = counter_integers(self.seed, epoch, index, Stream.MIX_PARTNER, self.num_images)
+        partner_images, partner_labels = self.fetch(partner)
+        other, _ = self._one(partner_images, partner, epoch)
+        return self._mix(views, index, epoch, other, partner_labels)
 
     def _one(self, images: Tensor, index: Tensor, epoch: int | Tensor) -> tuple[Tensor, Tensor]:
         args, (height, width) = self.args, images.shape[-2:]
@@ -158,12 +172,9 @@ class Augmenter:
                 return policies.autoaugment_cifar10(draw(Stream.POLICY, 5), size)
         raise ValueError(f"auto_augment {args.auto_augment!r} is none of the policies")
 
-    def _mix(self, views: Views, index: Tensor, epoch: int | Tensor) -> Views:
+    def _mix(self, views: Views, index: Tensor, epoch: int | Tensor, other: Tensor, labels: Tensor) -> Views:
+        """The views mixed with augmented images ``other`` and their labels."""
         args, (height, width) = self.args, views.seen.shape[-2:]
-        partner = counter_integers(self.seed, epoch, index, Stream.MIX_PARTNER, self.num_images)
-        images, labels = self.fetch(partner)
-        other, _ = self._one(images, partner, epoch)
-
         u = counter_uniforms(self.seed, epoch, index, Stream.MIX, 5)
         both = args.mixup_alpha > 0 and args.cutmix_alpha > 0
         cuts = u[:, 1] < (args.mix_switch_probability if both else float(args.cutmix_alpha > 0))

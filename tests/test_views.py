@@ -412,3 +412,22 @@ def test_class_probabilities_are_taken_as_they_are():
 def test_pixels_become_floats_between_zero_and_one():
     levels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(as_float(levels), levels.float() / 255)
+
+
+def test_partners_from_the_batch_are_the_next_images_as_they_are_seen(split):
+    images, labels = split
+    args = AugmentationArguments(horizontal_flip=0.5, mixup_alpha=0.8)
+    augmenter = Augmenter(args, 0, FILL, None, 64)
+    mixed = augmenter(images, torch.arange(64), 2, labels)
+    alone = augment(split, AugmentationArguments(horizontal_flip=0.5), torch.arange(64), epoch=2).augmented
+    share = mixed.own_share[:, None, None, None]
+    torch.testing.assert_close(mixed.augmented, share * alone + (1 - share) * alone.roll(-1, 0))
+    assert torch.equal(mixed.partner_labels, labels.roll(-1, 0))
+    with pytest.raises(ValueError, match="expected its labels"):
+        augmenter(images, torch.arange(64), 2)
+
+
+def test_an_epoch_may_be_a_tensor(split):
+    images, _ = split
+    augmenter = make_augmenter(split, EVERYTHING)
+    assert_equal_views(augmenter(images, torch.arange(64), torch.tensor(7)), augmenter(images, torch.arange(64), 7))

@@ -5,12 +5,14 @@ both in [-1, 1] over the image as in `torch.nn.functional.affine_grid(align_corn
 `hf_ihb.functional.geometry`, colours in `hf_ihb.functional.color`, policies of both in `hf_ihb.functional.policies`.
 """
 
-import functools
 import math
 
+import numpy as np
 import torch
 from scipy.special import betaincinv
 from torch import Tensor
+
+from hf_ihb.functional.constants import table
 
 
 def identity_affine(batch_size: int, device: torch.device | None = None) -> Tensor:
@@ -159,11 +161,10 @@ def erase(images: Tensor, top: Tensor, left: Tensor, tall: Tensor, wide: Tensor,
     return torch.where(covered, fill.to(images)[:, None, None], images)
 
 
-@torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=8)
+@table
 def _beta_quantiles(alpha: float, resolution: int, device: torch.device) -> Tensor:
-    middle = (torch.arange(resolution, dtype=torch.float64) + 0.5) / resolution
-    return torch.from_numpy(betaincinv(alpha, alpha, middle.numpy())).float().to(device)
+    middle = (np.arange(resolution) + 0.5) / resolution
+    return torch.tensor(betaincinv(alpha, alpha, middle), dtype=torch.float32, device=device)
 
 
 def beta_from_uniform(uniform: Tensor, alpha: float, resolution: int = 1 << 16) -> Tensor:

@@ -6,11 +6,12 @@ whatever D is. Kept apart from the mean, what CKA compares survives half precisi
 is linear: with a matrix R whose rows sum to 1, ``R T`` has ``R C C^T R^T``, ``R C m`` and the same ``m m^T``.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from hf_ihb.functional.constants import table
 
 # Centred tokens smaller than this share of the raw ones are rounding noise: the tokens are alike.
 _CONSTANT = 1e-6
@@ -89,14 +90,14 @@ def unpack_gram(packed: Tensor, num_tokens: int) -> TokenGram:
     return TokenGram(centered.unflatten(-1, (num_tokens, num_tokens)), cross, square[..., 0])
 
 
-@functools.lru_cache(maxsize=32)
+@table
 def _upper(num_tokens: int, device: torch.device) -> Tensor:
     """Positions of the upper triangle in a flattened matrix."""
     rows, columns = torch.triu_indices(num_tokens, num_tokens)
     return (rows * num_tokens + columns).to(device)
 
 
-@functools.lru_cache(maxsize=32)
+@table
 def _places(num_tokens: int, device: torch.device) -> Tensor:
     """For each entry of a symmetric matrix, flattened, its position in the upper triangle."""
     rows, columns = torch.triu_indices(num_tokens, num_tokens)

@@ -4,7 +4,6 @@ A policy is drawn first (``(B, n)`` operations and their magnitudes, from unifor
 per kind of operation. Operations, ranges and bins are those torchvision publishes.
 """
 
-import functools
 from enum import IntEnum
 from typing import Literal
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from hf_ihb.functional import color
 from hf_ihb.functional.augment import identity_affine
-from hf_ihb.functional.constants import constant
+from hf_ihb.functional.constants import constant, table
 from hf_ihb.functional.geometry import Interpolation, affine_matrix, compose_affines, warp
 
 
@@ -42,9 +41,11 @@ class Operation(IntEnum):
 
 
 _NUM_DRAWN = 14  # IDENTITY to EQUALIZE
-_LAST_GEOMETRIC, _LAST_SIGNED = Operation.ROTATE, Operation.SHARPNESS
+# plain numbers: a graph that is compiled cannot compare tensors with members of an enumeration
+_IDENTITY, _ROTATE, _LAST_SIGNED = map(int, (Operation.IDENTITY, Operation.ROTATE, Operation.SHARPNESS))
+_LAST_GEOMETRIC = _ROTATE
 # all that move are one warp
-_KINDS = (Operation.IDENTITY, *(operation for operation in Operation if operation >= _LAST_GEOMETRIC))
+_KINDS = (_IDENTITY, *(int(operation) for operation in Operation if operation >= _LAST_GEOMETRIC))
 RANDAUGMENT_BINS = 31
 _AUTOAUGMENT_BINS = 10
 
@@ -79,8 +80,7 @@ CIFAR10_PAIRS = (
 )
 
 
-@torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=32)
+@table
 def magnitude_table(
     space: Literal["standard", "wide"], bins: int, size: tuple[int, int], device: torch.device
 ) -> Tensor:
@@ -111,7 +111,7 @@ def magnitude_table(
 
 
 def _signed(operation: Tensor, magnitude: Tensor, uniform: Tensor) -> Tensor:
-    signed = (operation > Operation.IDENTITY) & (operation <= _LAST_SIGNED)
+    signed = (operation > _IDENTITY) & (operation <= _LAST_SIGNED)
     return torch.where(signed & (uniform < 0.5), -magnitude, magnitude)
 
 
@@ -169,7 +169,7 @@ def autoaugment_cifar10(uniforms: Tensor, size: tuple[int, int]) -> tuple[Tensor
     table = magnitude_table("standard", _AUTOAUGMENT_BINS, size, uniforms.device)
     pair = (uniforms[:, 0] * len(CIFAR10_PAIRS)).long()
     drawn, probability, magnitude_bin = constant(CIFAR10_PAIRS, uniforms.device)[pair].unbind(-1)
-    operation = torch.where(uniforms[:, 1:3] < probability, drawn.long(), Operation.IDENTITY)
+    operation = torch.where(uniforms[:, 1:3] < probability, drawn.long(), _IDENTITY)
     return operation, _signed(operation, table[operation, magnitude_bin.long()], uniforms[:, 3:])
 
 
@@ -186,14 +186,14 @@ def operation_affine(operation: Tensor, magnitude: Tensor, size: tuple[int, int]
     """
 
     def pair(along_x: Operation, along_y: Operation) -> Tensor:
-        drawn = torch.stack((operation == along_x, operation == along_y), dim=1)
+        drawn = torch.stack((operation == int(along_x), operation == int(along_y)), dim=1)
         return torch.where(drawn, magnitude[:, None], 0)
 
     slope = pair(Operation.SHEAR_X, Operation.SHEAR_Y)
     corner = constant((-size[1] / 2, -size[0] / 2), magnitude.device)
     return affine_matrix(
         size,
-        degrees=torch.where(operation == Operation.ROTATE, -magnitude, 0),
+        degrees=torch.where(operation == _ROTATE, -magnitude, 0),
         translate=pair(Operation.TRANSLATE_X, Operation.TRANSLATE_Y).trunc(),
         slope=slope,
         center=torch.where((slope != 0).any(dim=1, keepdim=True), corner, 0),  # a shear leaves the upper left in place
@@ -230,7 +230,7 @@ def apply_operation(
 ) -> tuple[Tensor, Tensor]:
     """Applies one operation to each image; `apply_operations` for n = 1, with ``(B,)`` operations and magnitudes."""
     affine = operation_affine(operation, magnitude, tuple(images.shape[-2:]))
-    geometric = (operation > Operation.IDENTITY) & (operation <= _LAST_GEOMETRIC)
+    geometric = (operation > _IDENTITY) & (operation <= _LAST_GEOMETRIC)
 
     def apply(drawn: int, part: Tensor, rows: Tensor) -> Tensor:
         if drawn == _LAST_GEOMETRIC:

@@ -226,22 +226,26 @@ class SupervisedTrainer(Trainer):
             raise DataError("stored (uint8) images: expected a 'processing_class' with mean and std, found none")
         if not train:
             return self._pixels.apply(images), None
-        views = self._augment(images, inputs.get("index"))
+        views = self._augment(images, inputs.get("index"), inputs.get("labels"))
         return self._pixels.apply(views.seen), views
 
-    def _augment(self, images: Tensor, index: Tensor | None) -> Views:
+    def _augment(self, images: Tensor, index: Tensor | None, labels: Tensor | None) -> Views:
         if self._augmenter is None:
             split = self._placed(self.train_dataset)
-            if index is None or (self.augmentation.mixes and not hasattr(split, "images")):
-                raise DataError("stored (uint8) images: expected an `ImageSplit` or batches with 'index' to augment")
+            if index is None:
+                raise DataError("stored (uint8) images: expected a `StoredSplit` or batches with 'index' to augment")
 
             def fetch(rows: Tensor) -> tuple[Tensor, Tensor]:
                 there = rows.to(split.images.device)
                 return split.images[there].to(rows.device), split.labels[there].to(rows.device)
 
             fill = self._pixels.mean[: images.shape[1]]  # a grey image has one channel where its processor has three
-            self._augmenter = Augmenter(self.augmentation, self.args.seed, fill, fetch, len(split))
-        return self._augmenter(images, index, int(self._epoch))
+            partners = (fetch, len(split)) if hasattr(split, "images") else (None, 0)
+            self._augmenter = Augmenter(self.augmentation, self.args.seed, fill, *partners)
+            self._augmented = compiled(self._augmenter.__call__, self.args)
+        # a number would be compiled into the graph, and that anew in every epoch
+        epoch = torch.full((), int(self._epoch), device=images.device) if self.args.torch_compile else int(self._epoch)
+        return self._augmented(images, index, epoch, labels)
 
     def _record(self, loss: Tensor, components: dict[str, Tensor]) -> None:
         """Adds up what is logged, on the device: nothing is waited for."""
