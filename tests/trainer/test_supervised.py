@@ -188,8 +188,8 @@ def test_each_epoch_has_views_of_its_own_the_same_for_any_batch(accumulation, ma
     )  # fmt: skip
     augment = trainer._augment
 
-    def record(images, index):
-        views = augment(images, index)
+    def record(images, index, labels):
+        views = augment(images, index, labels)
         seen.extend(zip(index.tolist(), views.augmented, strict=True))
         return views
 
