@@ -3,7 +3,7 @@
 python benchmarks/distillation_step.py --dataset_name DATASET --size micro [--rounds 15] [--batch_size 64]
 python benchmarks/distillation_step.py --dataset_name DATASET --size deit-tiny [--rounds 15] [--batch_size 16]
 
-A step is augmentation (crop and flip), forward, losses, backward, clipping and AdamW, on one batch that is at hand. Every
+A step is augmentation (crop, flip), forward, losses, backward, clipping and AdamW, on one batch that is at hand. Every
 way has a student of its own from the same seed. Peers are given their pixels ready: what they cost before the step is
 in `input_pipeline.py`. Teachers have random weights and their real sizes (ResNet-18 with a CIFAR stem, DINOv2-small);
 caches are built over a few images before the clock runs. Ratios are taken round by round.
@@ -180,7 +180,7 @@ def make_ways(bench: Bench, steps: int) -> dict[str, Callable[[], None]]:
             "teacher_cache": "tokens",
             "teacher_projector": "trainable",
         },
-        "token + CKA, cached tokens, linear map": {**BOTH, "teacher_cache": "tokens"},
+        "token + CKA, cached tokens, linear map": BOTH | {"teacher_cache": "tokens"},
         "token, cached tokens, linear map": {"token_weight": 1.0, "teacher_cache": "tokens"},
         "CKA, cached tokens": {"cka_weight": 1.0, "teacher_cache": "tokens"},
         "CKA, cached Gram": {"cka_weight": 1.0, "teacher_cache": "gram"},

@@ -145,7 +145,7 @@ def _batches(
     with tqdm(total=len(rows), desc=description, unit="img", disable=not description) as bar:
         for some in rows.split(batch_size):
             batch = split.__getitems__(some)
-            images = batch["pixel_values"].to(device).float() / 255
+            images = batch["pixel_values"].to(device)
             yield subject.pixels.apply(images), batch["labels"].to(device)
             bar.update(len(some))
 

@@ -26,7 +26,7 @@ from hf_ihb.records import default_device, environment
 from hf_ihb.report import markdown_table
 
 TASK = "image-classification"
-Reader = Callable[[Tensor], dict[str, Tensor]]  # (B, C, H, W) images in [0, 1] -> (B, K) logits of each head
+Reader = Callable[[Tensor], dict[str, Tensor]]  # (B, C, H, W) uint8 images -> (B, K) logits of each head
 # How a pipeline is asked for the logits of every class; it cuts top_k down to the classes there are.
 _LOGITS = {"function_to_apply": "none", "top_k": sys.maxsize}
 
@@ -287,7 +287,7 @@ def _read(
     with tqdm(total=len(split), desc="Evaluating", unit="img", mininterval=1.0) as progress:
         for rows in torch.arange(len(split)).split(batch_size):
             stored = split.__getitems__(rows)["pixel_values"]
-            images = stored.to(device).float() / 255
+            images = stored.to(device)
             for role, read in readers.items():
                 for head, logits in read(images).items():
                     batches[role].setdefault(head, []).append(logits.float().cpu())

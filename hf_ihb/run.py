@@ -214,7 +214,7 @@ def measure(trainer: SupervisedTrainer, data: ImageData, baseline: Pretrained | 
 
 def _first_pixels(model: Pretrained, data: ImageData) -> torch.Tensor:
     images = data.test.__getitems__([0])["pixel_values"]
-    return model.pixels.apply(images.to(model.model.device).float() / 255)
+    return model.pixels.apply(images.to(model.model.device))
 
 
 def _metrics(trainer: SupervisedTrainer, split: Any, name: str) -> dict[str, float]:

@@ -119,18 +119,21 @@ class DecodedCache:
 
     def levels(self) -> Tensor:
         """`count_levels` of all images, counted once."""
-        path = self.folder / LEVELS_FILE
-        with self._alone(show=False):
-            with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-                stored = json.loads(path.read_text("utf-8"))
-                counts = torch.tensor(stored["counts"], dtype=torch.int64)
-                fits = counts.shape == (self.shape[1], 256) and counts.min() >= 0
-                if fits and stored["of"] == self.fingerprint() and counts.sum() == self.encoded.num_bytes:
-                    return counts
-            counts = count_levels(self.map())
-            with self._storing():
-                write_json(path, {"of": self.fingerprint(), "counts": counts.tolist()})
+        if (counts := self._stored_levels()) is None:
+            with self._alone(show=False):
+                if (counts := self._stored_levels()) is None:  # nobody else has counted in the meantime
+                    counts = count_levels(self.map())
+                    with self._storing():
+                        write_json(self.folder / LEVELS_FILE, {"counts": counts.tolist()})
         return counts
+
+    def _stored_levels(self) -> Tensor | None:
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            stored = json.loads((self.folder / LEVELS_FILE).read_text("utf-8"))
+            counts = torch.tensor(stored["counts"], dtype=torch.int64)
+            fits = counts.shape == (self.shape[1], 256) and counts.min() >= 0
+            return counts if fits and counts.sum() == self.encoded.num_bytes else None
+        return None
 
     # ---- Blocks ----
 
@@ -176,18 +179,16 @@ class DecodedCache:
                 bar.update(len(positions))
 
     def _make_room(self) -> None:
-        """The folder with its description, and a file of the whole size, sparse until it is written."""
+        """The folder with its description, and room for what is still to be written."""
         with self._storing():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / DESCRIPTION_FILE, self.description)
-            pixels = self.folder / PIXELS_FILE
-            pixels.touch()
+            (self.folder / PIXELS_FILE).touch()
             if (needed := self.bytes_to_write()) > (free := self.bytes_free()):
                 raise CacheError(
                     f"{self.folder}: expected {readable_bytes(needed)} of disk for decoded images, found "
                     f"{readable_bytes(free)} free; {_REMEDY}"
                 )
-            os.truncate(pixels, self.encoded.num_bytes)
 
     def _announcement(self, first: range, count: int, num_workers: int) -> str:
         """What is about to be made, its size, and how long it takes, measured on a few images."""

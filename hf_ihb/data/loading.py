@@ -221,7 +221,7 @@ def _choose(args: DataArguments, parts: Mapping[str, _Part]) -> Way:
         if needed > free:
             way, why = "stream", f"{why}, {readable_bytes(free)} of disk"
     if _shows():
-        print(f"decode {args.decode}: {_WAYS[way]} ({why})", flush=True)
+        print(f"decode {args.decode}: images are decoded {_WAYS[way]} ({why})", flush=True)
     return way
 
 

@@ -38,8 +38,9 @@ class StoredSplit(torch.utils.data.Dataset, ABC):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        pixels = self._pixels(torch.tensor([range(len(self))[index]]))[0]
-        return {"pixel_values": pixels, "labels": int(self.labels[index]), "index": index}
+        row = range(len(self))[index]
+        pixels = self._pixels(torch.tensor([row]))[0]
+        return {"pixel_values": pixels, "labels": int(self.labels[row]), "index": row}
 
     def __getitems__(self, indices: Sequence[int] | Tensor) -> dict[str, Tensor]:
         index = torch.as_tensor(indices)
@@ -104,7 +105,8 @@ class ImageSplit(StoredSplit):
             index = index.pin_memory().to(self.images.device, non_blocking=True)
         else:
             index = index.to(self.images.device)
-        return {"pixel_values": self.images[index], "labels": self.labels[index], "index": index}
+        # copies whole rows, where indexing goes byte by byte: a tenth of the time on the CPU
+        return {"pixel_values": self.images.index_select(0, index), "labels": self.labels[index], "index": index}
 
     def select(self, indices: Tensor | np.ndarray) -> "ImageSplit":
         """The rows at `indices`, renumbered from 0; copied into memory."""
@@ -137,7 +139,7 @@ class ImageSplit(StoredSplit):
         return self._fingerprint
 
     def _pixels(self, index: Tensor) -> Tensor:
-        return self.images[index.to(self.images.device)]
+        return self.images.index_select(0, index.to(self.images.device))
 
     def _levels(self) -> Tensor:
         return count_levels(self.images)

@@ -66,21 +66,24 @@ def _centered(x: Tensor, mask: Tensor | None, reduce: Reduce | None = None) -> T
 
 def _centered_and_scale(x: Tensor, mask: Tensor | None, reduce: Reduce | None = None) -> tuple[Tensor, Tensor]:
     """`_centered` and what it divided by, ``(..., 1, 1)``."""
-    rows = torch.ones_like(x[..., :1]) if mask is None else mask[..., None].to(x.dtype)
-    x = torch.where(rows > 0, x, 0)
-    total = torch.cat((x, rows), dim=-1).sum(dim=-2, keepdim=True)
-    total = total if reduce is None else reduce(total)
-    mean = total[..., :-1] / total[..., -1:].clamp_min(1)
-    centered = (x - mean) * rows
+    # few passes over the features: this runs for every layer of every step
+    if mask is not None:
+        x = x.masked_fill(~mask[..., None], 0)
+    total, count = x.sum(dim=-2, keepdim=True), _row_count(x, mask)[..., None, None]
+    if reduce is not None:
+        total, count = reduce(torch.cat((total, count), dim=-1)).split((x.shape[-1], 1), dim=-1)
+    centered = x - total / count.clamp_min(1)
+    if mask is not None:
+        centered = centered.masked_fill(~mask[..., None], 0)
     with torch.no_grad():
-        largest = x.abs().amax(dim=(-2, -1), keepdim=True)
-        size = centered.abs().amax(dim=(-2, -1), keepdim=True)
+        largest, size = (part.abs().amax(dim=(-2, -1), keepdim=True) for part in (x, centered))
         scale = size * (centered / torch.where(size == 0, 1, size)).square().mean(dim=(-2, -1), keepdim=True).sqrt()
         if reduce is not None:  # any scale will do as long as it is everybody's
             largest, size, scale = reduce(torch.stack((largest, size, scale))).unbind()
         constant = size <= _CONSTANT * largest
         scale = torch.where(constant, 1, scale)
-    return torch.where(constant, 0, centered / scale), scale
+        factor = torch.where(constant, 0, 1 / scale)
+    return centered * factor, scale
 
 
 def centered_gram(x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -177,8 +180,8 @@ def _gram_moments(gram_x: Tensor, gram_y: Tensor, count: Tensor) -> _Moments:
     pairs = ((gram_x, gram_y), (gram_x, gram_x), (gram_y, gram_y))
     diagonals = [(a.diagonal(dim1=-2, dim2=-1), b.diagonal(dim1=-2, dim2=-1)) for a, b in pairs]
     return _Moments(
-        [(a * b).sum(dim=(-2, -1)) for a, b in pairs],
-        [(a * b).sum(dim=-1) for a, b in diagonals],
+        [torch.linalg.vecdot(a.flatten(-2), b.flatten(-2)) for a, b in pairs],
+        [torch.linalg.vecdot(a, b) for a, b in diagonals],
         [a.sum(dim=-1) * b.sum(dim=-1) for a, b in diagonals],
         count,
     )

@@ -237,7 +237,7 @@ class SupervisedTrainer(Trainer):
 
             def fetch(rows: Tensor) -> tuple[Tensor, Tensor]:
                 there = rows.to(split.images.device)
-                return split.images[there].to(rows.device), split.labels[there].to(rows.device)
+                return split.images.index_select(0, there).to(rows.device), split.labels[there].to(rows.device)
 
             fill = self._pixels.mean[: images.shape[1]]  # a grey image has one channel where its processor has three
             partners = (fetch, len(split)) if hasattr(split, "images") else (None, 0)

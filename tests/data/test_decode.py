@@ -80,9 +80,10 @@ def test_a_fingerprint_tells_rows_sizes_modes_and_tables_apart(encode):
     others = [
         encode(images, size=(6, 7)),
         encode(images, mode="L"),
+        encode(images, mode="YCbCr"),
         encode(images, identity=("other",)),
         base.select(torch.tensor([0, 1, 2])),
         base.select(torch.tensor([1, 0, 2, 3])),
     ]
-    assert len({x.fingerprint() for x in (base, *others)}) == 6
+    assert len({x.fingerprint() for x in (base, *others)}) == 7
     assert base.select(torch.arange(4)).fingerprint() == encode(images).fingerprint() == base.fingerprint()

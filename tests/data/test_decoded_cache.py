@@ -267,7 +267,7 @@ def test_statistics_of_a_file_are_exact_and_counted_once(mapped, expected, monke
     assert torch.equal(counts, torch.stack([torch.bincount(c.flatten(), minlength=256) for c in expected.unbind(1)]))
     assert mapped.statistics() == ImageSplit(expected, mapped.labels, NAMES).statistics()
     path = mapped.cache.folder / decoded_cache.LEVELS_FILE
-    for damage in ("", "{}", "[]", path.read_text()[:500], path.read_text().replace(mapped.fingerprint(), "0" * 64)):
+    for damage in ("", "{}", "[]", path.read_text()[:500], path.read_text().replace("1", "2")):
         path.write_text(damage)
         assert torch.equal(mapped.cache.levels(), counts)
     monkeypatch.setattr(decoded_cache, "count_levels", None)

@@ -86,6 +86,9 @@ def assert_same(split, expected):
     assert torch.equal(again["pixel_values"], everything["pixel_values"][[3, 1]])
     assert torch.equal(again["labels"], expected.labels[[3, 1]])
     assert again["index"].tolist() == [0, 1]
+    last = split[-1]
+    assert torch.equal(last["pixel_values"], everything["pixel_values"][-1])
+    assert (last["labels"], last["index"]) == (int(expected.labels[-1]), len(split) - 1)
     with pytest.raises(IndexError):
         split[len(split)]
 

@@ -179,6 +179,7 @@ def test_a_compiled_augmentation_is_one_graph_for_all_epochs_and_equals_the_eage
     stored = torch.randint(256, (16, 3, 32, 32), generator=generator, dtype=torch.uint8)
     classes = torch.arange(16) % 10
     augmenter = Augmenter(args, 2**40 + 3, (0.4,) * 3, lambda rows: (stored[rows], classes[rows]), 16)
+    torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(augmenter.__call__, fullgraph=True, backend=counter)
     for epoch in (0, 1, 5):

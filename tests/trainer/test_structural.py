@@ -290,7 +290,7 @@ def shift_by_whole_patches(trainer):
     from hf_ihb.functional.augment import crop_flip
     from hf_ihb.views import Views, as_float
 
-    def augment(images, index):
+    def augment(images, index, labels):
         top, left = 4 * (index % 3), 4 * ((index // 3) % 3)
         views, affine = crop_flip(images, top, left, torch.zeros(len(index), dtype=torch.bool), padding=4)
         return Views(as_float(images), as_float(views), affine, torch.ones(len(index)))
