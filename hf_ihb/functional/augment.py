@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.special import betaincinv
 from torch import Tensor
 
@@ -34,19 +35,18 @@ def crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, padding: 
         The views ``(B, C, H, W)`` in the dtype of `images`, and their affine ``(B, 2, 3)``.
     """
     batch, _, height, width = images.shape
-    rows = torch.arange(height, device=images.device) + (top - padding)[:, None]  # (B, H)
+    padded = F.pad(images, (padding,) * 4)
+    rows = torch.arange(height, device=images.device) + top[:, None]  # (B, H)
     columns = torch.arange(width, device=images.device).expand(batch, width)
-    columns = torch.where(flip[:, None], width - 1 - columns, columns) + (left - padding)[:, None]  # (B, W)
-    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
-    flat = (rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]).flatten(1)
-    views = images.flatten(2).gather(2, flat[:, None].expand(-1, images.shape[1], -1)).view_as(images)
-
+    columns = torch.where(flip[:, None], width - 1 - columns, columns) + left[:, None]  # (B, W)
+    flat = (rows[:, :, None] * (width + 2 * padding) + columns[:, None, :]).flatten(1)
+    views = padded.flatten(2).gather(2, flat[:, None].expand(-1, images.shape[1], -1)).view_as(images)
     affine = torch.zeros(batch, 2, 3, device=images.device)
     affine[:, 0, 0] = torch.where(flip, -1.0, 1.0)
     affine[:, 0, 2] = (left - padding) * (2 / width)
     affine[:, 1, 1] = 1.0
     affine[:, 1, 2] = (top - padding) * (2 / height)
-    return views * inside[:, None], affine
+    return views, affine
 
 
 def rectangle_mask(
@@ -229,5 +229,5 @@ def smoothed_one_hot(labels: Tensor, num_labels: int, smoothing: float) -> Tenso
     References:
         Szegedy et al., 2016, https://arxiv.org/abs/1512.00567
     """
-    one_hot = torch.nn.functional.one_hot(labels, num_labels).float()
+    one_hot = F.one_hot(labels, num_labels).float()
     return one_hot * (1 - smoothing) + smoothing / num_labels

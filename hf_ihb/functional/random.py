@@ -6,6 +6,8 @@ The same for any batch size, worker count, process count or resume, because no s
 import torch
 from torch import Tensor
 
+from hf_ihb.functional.constants import constant
+
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -25,19 +27,17 @@ def philox(counter: Tensor, key: tuple[int, int]) -> Tensor:
     References:
         Salmon, Moraes, Dror, Shaw, 2011, Parallel Random Numbers: As Easy as 1, 2, 3.
     """
-    x0, x1, x2, x3 = counter.unbind(-1)
-    key0, key1 = key
-    for _ in range(_ROUNDS):
+    # the two halves of a round go through one operation each: in small batches it is their number that costs
+    even, odd = counter[..., 0::2], counter[..., 1::2]
+    multipliers = constant(_MULTIPLIERS, counter.device, torch.int64)
+    keys = [
+        tuple((word + turn * weyl) & _WORD for word, weyl in zip(key, _WEYL, strict=True)) for turn in range(_ROUNDS)
+    ]
+    for round_key in constant(tuple(keys), counter.device, torch.int64):
         # int64 products wrap modulo 2^64, which leaves both 32-bit halves of the unsigned product intact
-        product0, product1 = x0 * _MULTIPLIERS[0], x2 * _MULTIPLIERS[1]
-        x0, x1, x2, x3 = (
-            ((product1 >> 32) & _WORD) ^ x1 ^ key0,
-            product1 & _WORD,
-            ((product0 >> 32) & _WORD) ^ x3 ^ key1,
-            product0 & _WORD,
-        )
-        key0, key1 = (key0 + _WEYL[0]) & _WORD, (key1 + _WEYL[1]) & _WORD
-    return torch.stack((x0, x1, x2, x3), dim=-1)
+        product = (even * multipliers).flip(-1)
+        even, odd = ((product >> 32) & _WORD) ^ odd ^ round_key, product & _WORD
+    return torch.stack((even, odd), dim=-1).flatten(-2)
 
 
 def counter_words(seed: int, epoch: int | Tensor, index: Tensor, stream: int, count: int) -> Tensor:
