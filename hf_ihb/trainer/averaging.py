@@ -147,6 +147,7 @@ class Averaging(TrainerCallback):
         self._loader = None
         if self.kind is None:
             return
+        self._trained = self._module  # unwrapping it in every step takes longer than averaging a small model
         dtypes = {t.dtype for t in self._module.state_dict().values() if t.is_floating_point()} - {torch.float32}
         if dtypes:
             raise RecipeError(f"key '{self._key}': expected a model with float32 weights, found {dtypes.pop()}")
@@ -161,7 +162,7 @@ class Averaging(TrainerCallback):
         Not `on_epoch_end`: a checkpoint of the epoch's last step is written before it, and would lack that epoch.
         """
         if self.kind == "ema":
-            self.average.update(self._module, 1 - ema_decay(args.ema_decay, state.global_step))
+            self.average.update(self._trained, 1 - ema_decay(args.ema_decay, state.global_step))
         elif self.kind == "swa":
             ends = float(state.epoch).is_integer() or state.global_step >= state.max_steps
             if ends and state.global_step >= swa_start_step(args.swa_start, state.max_steps):
