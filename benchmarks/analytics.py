@@ -178,9 +178,9 @@ def main() -> None:
         for part in args.parts:
             {"attention": attention, "cka": cka, "hessian": hessian}[part](m)
     about = (
-        f"A DeiT-Tiny with random weights (seed {args.seed}) and {args.images:,} test images of `{Path(args.dataset_name).name}` "
-        f"in batches of {args.batch_size}; the trace: {args.hessian_images} images in micro-batches of "
-        f"{args.micro_batch}, {args.probes} probes. Seconds of a ratio are of the same images and the same round."
+        f"A DeiT-Tiny with random weights (seed {args.seed}) and {args.images:,} test images of "
+        f"`{Path(args.dataset_name).name}` in batches of {args.batch_size}; the trace: {args.hessian_images} images in "
+        f"micro-batches of {args.micro_batch}, {args.probes} probes. A ratio is of the same images in one round."
     )
     write_results("analytics", about, m.content | {"bars": m.bars}, tables(m), folder=args.output_dir)
 

@@ -234,8 +234,8 @@ def main() -> None:
     runs = {name: row(name) for name in args.rows if name in TRAINING}
     work = {name: {count: row(name, count) for count in args.images} for name in args.rows if name in IMAGES}
     about = (
-        f"A micro student with random weights, images of `{Path(args.dataset_name).name}`; {args.steps} steps of {BATCH} images. "
-        "Held and peak are above what the process held when training, or the work, began."
+        f"A micro student with random weights, images of `{Path(args.dataset_name).name}`; {args.steps} steps of "
+        f"{BATCH} images. Held and peak are above what the process held when training, or the work, began."
     )
     write_results("memory", about, {"training": runs, "work": work}, tables(runs, work), folder=args.output_dir)
 

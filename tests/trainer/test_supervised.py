@@ -1,3 +1,6 @@
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -7,7 +10,7 @@ from hf_ihb.arguments import AugmentationArguments, ModelArguments, SupervisedTr
 from hf_ihb.data import ImageSplit
 from hf_ihb.errors import CheckpointError, DataError, NumericsError
 from hf_ihb.models.student import build_student
-from hf_ihb.trainer import SupervisedTrainer
+from hf_ihb.trainer import SupervisedTrainer, callbacks, supervised
 
 AUGMENT = AugmentationArguments(
     random_crop_padding=2, horizontal_flip=0.5, cutout_size=4, mixup_alpha=0.8, cutmix_alpha=1.0, mix_probability=0.7
@@ -450,3 +453,75 @@ def test_no_pickle_of_the_arguments_is_written(make_trainer, tmp_path):
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert {"config.json", "model.safetensors", "preprocessor_config.json"} <= {path.name for path in files}
     assert not any(b"canary-token" in path.read_bytes() for path in files)
+
+
+# ---- Where stored images are ----
+
+
+class ElsewhereSplit(ImageSplit):
+    """Pretends to be on an accelerator: counts what is asked of it."""
+
+    asked = 0
+
+    def of(split, device):
+        return ElsewhereSplit(split.images, split.labels, split.label_names)
+
+    def __getitems__(self, indices):
+        type(self).asked += len(indices)
+        return super().__getitems__(indices)
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_images_that_fit_are_read_from_the_device_to_the_same_end(where, make_trainer, monkeypatch):
+    monkeypatch.setattr(supervised, "placement", lambda num_bytes, device: where)
+    monkeypatch.setattr(ImageSplit, "to", ElsewhereSplit.of)
+    ElsewhereSplit.asked = 0
+    trainer = make_trainer(max_steps=4, eval_strategy="steps", eval_steps=2)
+    kept = trainer.train_dataset
+    trainer.train()
+    monkeypatch.undo()
+    expected = make_trainer(max_steps=4, eval_strategy="steps", eval_steps=2)
+    expected.train()
+    assert_same_state(state(trainer.student), state(expected.student))
+    assert trainer.train_dataset is kept
+    assert ElsewhereSplit.asked == (4 * 32 + 2 * 70 if where == "device" else 0)
+
+
+def test_loaders_of_images_on_an_accelerator_gather_in_this_process_without_pinning(make_trainer):
+    trainer = make_trainer(dataloader_num_workers=2, dataloader_prefetch_factor=4)
+    elsewhere = ImageSplit(torch.empty(4, 3, 16, 16, dtype=torch.uint8, device="meta"), torch.zeros(4), ["a"])
+    trainer.args.dataloader_pin_memory = True
+    with trainer._loading(elsewhere):
+        args = trainer.args
+        assert (args.dataloader_num_workers, args.dataloader_prefetch_factor) == (0, None)
+        assert not args.dataloader_pin_memory
+        assert args.dataloader_drop_last
+    assert (trainer.args.dataloader_num_workers, trainer.args.dataloader_pin_memory) == (2, True)
+    with trainer._loading(trainer.train_dataset, every_image=True):
+        assert trainer.args.dataloader_num_workers == 2
+        assert not trainer.args.dataloader_drop_last
+    assert trainer.args.dataloader_drop_last
+
+
+# ---- A loss that is not finite ----
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_nan_ends_the_run_in_its_step_or_before_anything_is_logged_or_saved(device, make_trainer, monkeypatch):
+    trainer = make_trainer(max_steps=6, logging_steps=4, save_strategy="steps", save_steps=3)
+    steps, losses = [], trainer.training_losses
+
+    def broken(*args):
+        loss, parts = losses(*args)
+        steps.append(trainer.state.global_step)
+        return (loss * float("nan") if trainer.state.global_step == 1 else loss), parts
+
+    monkeypatch.setattr(trainer, "training_losses", broken)
+    hooks = next(c for c in trainer.callback_handler.callbacks if isinstance(c, callbacks.Hooks))
+    pretended = SimpleNamespace(device=torch.device(device))
+    checked = hooks.on_pre_optimizer_step
+    monkeypatch.setattr(hooks, "on_pre_optimizer_step", lambda *args, **kwargs: checked(pretended))
+    with pytest.raises(NumericsError, match="expected a finite loss, found NaN or Inf"):
+        trainer.train()
+    assert steps == ([0, 1] if device == "cpu" else [0, 1, 2])  # elsewhere at the checkpoint of step 3
+    assert not list(Path(trainer.args.output_dir).glob("checkpoint-*/model.safetensors"))
