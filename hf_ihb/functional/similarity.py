@@ -61,11 +61,6 @@ def _centered(x: Tensor, mask: Tensor | None, reduce: Reduce | None = None) -> T
 
     CKA ignores scale, so the scale is a constant to autograd; it keeps fourth powers inside float32's range.
     """
-    return _centered_and_scale(x, mask, reduce)[0]
-
-
-def _centered_and_scale(x: Tensor, mask: Tensor | None, reduce: Reduce | None = None) -> tuple[Tensor, Tensor]:
-    """`_centered` and what it divided by, ``(..., 1, 1)``."""
     # few passes over the features: this runs for every layer of every step
     if mask is not None:
         x = x.masked_fill(~mask[..., None], 0)
@@ -80,10 +75,8 @@ def _centered_and_scale(x: Tensor, mask: Tensor | None, reduce: Reduce | None = 
         scale = size * (centered / torch.where(size == 0, 1, size)).square().mean(dim=(-2, -1), keepdim=True).sqrt()
         if reduce is not None:  # any scale will do as long as it is everybody's
             largest, size, scale = reduce(torch.stack((largest, size, scale))).unbind()
-        constant = size <= _CONSTANT * largest
-        scale = torch.where(constant, 1, scale)
-        factor = torch.where(constant, 0, 1 / scale)
-    return centered * factor, scale
+        factor = torch.where(size <= _CONSTANT * largest, 0, 1 / scale)
+    return centered * factor
 
 
 def centered_gram(x: Tensor, mask: Tensor | None = None) -> Tensor:
