@@ -36,6 +36,7 @@ from hf_ihb.models.processing import pixel_format
 from hf_ihb.models.student import build_student
 from hf_ihb.models.teacher import Teacher
 from hf_ihb.report import markdown_table
+from hf_ihb.run import run_script
 from hf_ihb.trainer import StructuralDistillationTrainer, SupervisedTrainer
 
 WARM_UP = 5
@@ -107,7 +108,7 @@ def launch(args: argparse.Namespace, way: str, processes: int, threads: int, fol
     return json.loads(done.stdout.splitlines()[-1])["images_per_second"]
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """All launches in rounds, then the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_name", required=True, help="Hub id or folder.")
@@ -118,7 +119,7 @@ def main() -> None:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.worker:
         train(args)
         return
@@ -148,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,7 +1,6 @@
 """A worker: builds caches together with other processes, and writes down how that ended for it."""
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -9,6 +8,7 @@ from accelerate import PartialState
 
 import hf_ihb.teacher_cache as module
 from hf_ihb.errors import CacheError
+from hf_ihb.run import run_script
 from hf_ihb.teacher_cache import Layout, TeacherCache
 
 ROWS = 21
@@ -30,7 +30,8 @@ def build(root, broken_row=None, **description):
     return {"asked": asked, "read": cache(torch.arange(ROWS))[0][:, 0, 0].tolist()}
 
 
-def main(root):
+def main(argv):
+    root = Path(argv[0])
     state = PartialState(cpu=True)
     module.BLOCK_ROWS = 4
     ended = {
@@ -43,4 +44,4 @@ def main(root):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_script(main)
