@@ -55,12 +55,13 @@ class Bench:
     Args:
         args: The command line.
         folder: For caches and whatever trainers write.
+        train_images: Images to take batches from.
     """
 
-    def __init__(self, args: argparse.Namespace, folder: str) -> None:
+    def __init__(self, args: argparse.Namespace, folder: str, train_images: int = 512) -> None:
         self.args, self.folder = args, folder
         self.data = load_image_data(
-            DataArguments(dataset_name=args.dataset_name, max_train_samples=512, max_eval_samples=100)
+            DataArguments(dataset_name=args.dataset_name, max_train_samples=train_images, max_eval_samples=100)
         )
         self.statistics = self.data.train.statistics()
         recipe = json.loads((ROOT / "recipes" / RECIPES[args.size]).read_text("utf-8"))
@@ -79,7 +80,7 @@ class Bench:
     def _arguments(self, arguments_class: type, **settings: Any) -> Any:
         fixed = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 10**6}
         fixed |= {"per_device_train_batch_size": self.args.batch_size, "max_steps": 10**6, "dataloader_drop_last": True}
-        return arguments_class(output_dir=self.folder, **fixed, **settings)
+        return arguments_class(output_dir=self.folder, **(fixed | settings))
 
     def ours(self, trainer_class: type, arguments_class: type, **settings: Any) -> Any:
         """A trainer of ours, its teacher ready."""
