@@ -192,7 +192,7 @@ def measure(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as nowhere:
         write_results(
             "gpu-toy" if args.toy else "gpu",
-            f"Steps of a {args.size} student ({args.steps} a round, bf16); roof on paper {args.roof:,} images a second; "
+            f"{args.size} steps ({args.steps} a round, bf16); roof on paper {args.roof:,} images a second; "
             f"synchronising calls between logs {args.steps} steps apart; `python benchmarks/gpu.py`.",
             {
                 "seconds": seconds,
