@@ -125,7 +125,7 @@ def main() -> None:
 
     runs = [measure(name, command(name, args)) for name in RECIPES if name in args.recipes]
     day, environment = datetime.date.today().isoformat(), runs[0]["environment"]
-    commits = sorted({run["environment"]["commit"] for run in runs})
+    commits = sorted({str(run["environment"]["commit"]) for run in runs})
     text = [
         f"# Every top-level recipe, {day}",
         "",

@@ -134,7 +134,7 @@ def main() -> None:
         confusion_matrix_plot(head["confusion_matrix"], names, target / f"confusion_matrix_{name}.png")
     first = analyses[CONTROL, shown]
     where, seeds = first["environment"], ", ".join(map(str, args.seeds))
-    made = sorted({run["environment"]["commit"] for run in (*metrics.values(), *analyses.values())})
+    made = sorted({str(run["environment"]["commit"]) for run in (*metrics.values(), *analyses.values())})
     text = [
         f"# What the teachers did to the micro students, {day}",
         "",

@@ -113,7 +113,7 @@ def main() -> None:
 
     recipes = [run["recipe"] for run in runs.values()]
     environment = recipes[0]["environment"]
-    commits = sorted({r["environment"]["commit"] for r in recipes})
+    commits = sorted({str(r["environment"]["commit"]) for r in recipes})
     text = [
         f"# Is the structural signal real? {day}",
         "",

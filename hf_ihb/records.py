@@ -1,12 +1,13 @@
 """The JSON files of a run folder: their names, how they are written, and where a result was made."""
 
+import contextlib
 import json
 import math
 import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,11 @@ _PACKAGES = (
 
 
 def environment(device: torch.device, *, num_processes: int = 1, mixed_precision: str | None = None) -> dict[str, Any]:
-    """Versions, commit and hardware."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
+    """Versions, commit and hardware; None for what cannot be known, such as the commit outside a checkout."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "versions": {"python": platform.python_version()} | library_versions(*_PACKAGES),
-        "commit": commit.stdout.strip() or None,
+        "commit": _commit(),
         "device": gpu or _cpu_name(),
         "cpu_threads": torch.get_num_threads(),
         "num_processes": num_processes,
@@ -60,9 +58,27 @@ def environment(device: torch.device, *, num_processes: int = 1, mixed_precision
     }
 
 
-def library_versions(*names: str) -> dict[str, str]:
-    """Versions of installed packages."""
-    return {name: version(name) for name in names}
+def library_versions(*names: str) -> dict[str, str | None]:
+    """Versions of packages, None for one that is not installed (code can be run from where it lies)."""
+    versions: dict[str, str | None] = dict.fromkeys(names)
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+def _commit() -> str | None:
+    """The commit of this code; not that of a checkout which merely has it somewhere in a folder of packages."""
+    root = Path(__file__).parents[1]
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "--show-toplevel", "HEAD"], cwd=root, capture_output=True, text=True, check=False
+        )
+    except OSError:  # there is no git
+        return None
+    lines = found.stdout.splitlines()
+    ours = found.returncode == 0 and len(lines) == 2 and Path(lines[0]).resolve() == root.resolve()
+    return lines[1] if ours else None
 
 
 def _cpu_name() -> str:

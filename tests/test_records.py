@@ -1,8 +1,13 @@
 import json
 import math
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError
 
 import pytest
+import torch
 
+from hf_ihb import records
 from hf_ihb.errors import DataError, RecipeError
 from hf_ihb.records import distinct_names, output_folder, read_json, write_json
 
@@ -85,3 +90,26 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
             RecipeError, match=r"key 'output_dir': expected a folder that can be written to, found .*file$"
         ):
             output_folder(str(tmp_path / name), "model")
+
+
+def test_an_environment_is_told_without_git_and_without_the_package(monkeypatch, tmp_path):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(records, "version", missing)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = records.environment(torch.device("cpu"))
+    assert found["commit"] is None
+    assert found["versions"]["hf_ihb"] is None
+    assert found["versions"]["python"] == platform.python_version()
+
+
+def test_the_commit_of_a_checkout_around_installed_code_is_not_its_own(monkeypatch, tmp_path):
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-C", str(tmp_path))
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    for path, expected in (("hf_ihb/records.py", head), ("venv/site-packages/hf_ihb/records.py", None)):
+        (tmp_path / path).parent.mkdir(parents=True)
+        monkeypatch.setattr(records, "__file__", str(tmp_path / path))
+        assert records.environment(torch.device("cpu"))["commit"] == expected

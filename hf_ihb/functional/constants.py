@@ -13,27 +13,39 @@ from torch import Tensor
 
 
 def table(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Decorates a function of hashable arguments: its result is kept, and a constant where it is compiled into a graph.
+    """Decorates a function of hashable arguments: its result is kept.
 
-    The tensor is the same object for the same arguments and not to be changed.
+    The tensor is the same object for the same arguments and not to be changed. A function that is compiled reads it as
+    an input of its graph, if it was made before (what is compiled is therefore called once uncompiled); the compiler
+    looks into a plain dictionary, where it looks through a `functools.lru_cache`, and two results of
+    `torch.compiler.assume_constant_result` collide in one graph (seen with torch 2.11 and 2.14).
     """
-    kept = functools.lru_cache(maxsize=256)(function)
+    kept: dict[tuple, Tensor] = {}
 
     @functools.wraps(function)
-    def call(*args: Any) -> Tensor:  # the compiler looks through `lru_cache`, and must not look in here
-        return kept(*args)
+    def call(*args: Any) -> Tensor:
+        if args not in kept:
+            kept[args] = function(*args)
+        return kept[args]
 
-    call.cache_clear = kept.cache_clear
-    return torch.compiler.assume_constant_result(call)
+    call.cache_clear = kept.clear
+    return call
 
 
 @table
+def _kept(values: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
 def constant(values: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor of fixed numbers.
+    """A tensor of fixed numbers, the same object each time.
 
     Args:
         values: A number or nested tuples of numbers.
         device: Where it is.
         dtype: Of the tensor.
     """
-    return torch.tensor(values, dtype=dtype, device=device)
+    return _kept(values, device, dtype)
+
+
+constant.cache_clear = _kept.cache_clear

@@ -204,10 +204,9 @@ def _limits(run: RunFiles) -> dict[str, Any]:
 
 
 def _software(environment: dict[str, Any]) -> Markdown:
-    commit = environment["commit"]
-    return Markdown("version {}{}").format(
-        environment["versions"]["hf_ihb"], EMPTY if commit is None else Markdown(", commit {}").format(commit)
-    )
+    parts = {"version": environment["versions"]["hf_ihb"], "commit": environment["commit"]}
+    known = [Markdown(f"{what} {{}}").format(value) for what, value in parts.items() if value is not None]
+    return Markdown(", ").join(known) or Markdown("version not known")
 
 
 def _methods(run: RunFiles) -> set[str]:

@@ -134,7 +134,9 @@ def training_rows(run: RunFiles) -> list[tuple[str, Markdown]]:
         "hardware": _hardware(environment),
         "time": run.evaluation and Markdown("{:.1f} minutes").format(run.evaluation["train_seconds"] / 60),
         "`hf_ihb`": environment["commit"] and Markdown("commit {}").format(environment["commit"]),
-        "versions": Markdown(", ").join(f"{package} {number}" for package, number in environment["versions"].items()),
+        "versions": Markdown(", ").join(
+            f"{package} {number}" for package, number in environment["versions"].items() if number is not None
+        ),
     }
     return [(Markdown(title), text) for title, text in rows.items() if text]
 

@@ -1,6 +1,7 @@
 """Training on labels, and what every trainer here shares: views, logging, evaluation, strict checkpoints."""
 
 import contextlib
+import functools
 import inspect
 import math
 import time
@@ -590,10 +591,26 @@ class SupervisedTrainer(Trainer):
 
 
 def compiled(function: Callable, args: TrainingArguments) -> Callable:
-    """A function of tensors, compiled where `torch_compile` asks for it, in the way the model then is."""
+    """A function of tensors, compiled where `torch_compile` asks for it, in the way the model then is.
+
+    Its first arguments go through it uncompiled as well: the small tables it reads are made then
+    (`hf_ihb.functional.constants`), and are not to be a part of its graph.
+    """
     if not args.torch_compile:
         return function
-    return torch.compile(function, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+    graph = torch.compile(function, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+    ran = False
+
+    @functools.wraps(function)
+    def call(*given: Any) -> Any:
+        nonlocal ran
+        if not ran:
+            with torch.no_grad():
+                function(*given)
+            ran = True
+        return graph(*given)
+
+    return call
 
 
 def _listed(value: str | list[str] | None) -> list[str]:

@@ -5,6 +5,7 @@ raises. Copies between host and device are caught beside that: from ordinary mem
 """
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from hf_ihb.functional.gram import gram_width, unpack_gram
 from hf_ihb.functional.tokens import resampling_matrix, standardize_tokens
 from hf_ihb.losses import StructuralLoss, TokenPair, logit_distillation_loss, task_loss
 from hf_ihb.models.processing import PixelFormat
+from hf_ihb.trainer.supervised import compiled
 from hf_ihb.views import Augmenter, class_targets
 from tests.test_views import SETTINGS
 
@@ -181,9 +183,12 @@ def test_a_compiled_augmentation_is_one_graph_for_all_epochs_and_equals_the_eage
     augmenter = Augmenter(args, 2**40 + 3, (0.4,) * 3, lambda rows: (stored[rows], classes[rows]), 16)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(augmenter.__call__, fullgraph=True, backend=counter)
+    how = SimpleNamespace(torch_compile=True, torch_compile_backend=counter, torch_compile_mode=None)
+    constants.constant.cache_clear()
+    augment._beta_quantiles.cache_clear()
+    fast = compiled(augmenter.__call__, how)
     for epoch in (0, 1, 5):
-        found = compiled(stored, torch.arange(16), torch.tensor(epoch), classes)
+        found = fast(stored, torch.arange(16), torch.tensor(epoch), classes)
         expected = augmenter(stored, torch.arange(16), epoch)
         torch.testing.assert_close(found.seen, expected.seen, rtol=0, atol=1e-6)
         torch.testing.assert_close(found.affine, expected.affine, rtol=0, atol=1e-6)

@@ -312,6 +312,11 @@ def test_a_teacher_in_bfloat16_says_nearly_the_same_and_has_a_cache_of_its_own(s
 def test_compiled_losses_equal_eager_ones(structural):
     settings = {"cka_weight": 1.0, "center_positions": True, "teacher_cache": "gram"}
     eager = curve(structural(**settings))
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
     trainer = structural(**settings, torch_compile=True, torch_compile_backend="aot_eager")
     torch.testing.assert_close(curve(trainer), eager, rtol=1e-5, atol=1e-5)
-    assert hasattr(trainer._structural_loss, "_torchdynamo_orig_callable")
+    # student, augmentation, alignment and losses
+    assert counters["stats"]["unique_graphs"] == 4
+    assert not counters["graph_break"]
