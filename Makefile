@@ -1,20 +1,23 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-VENV := .venv
+# `make test LATEST=1`: the newest releases within setup.cfg's bounds instead of those of constraints.txt
+VENV := $(if $(LATEST),.venv-latest,.venv)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# two test processes of one thread each are faster than one of two; a file's tests share what they set up
+WORKERS ?= 2
 
-.PHONY: quickstart test quality style
+.PHONY: quickstart test quality style constraints latest
 
-$(STAMP): setup.cfg pyproject.toml
+$(STAMP): setup.cfg pyproject.toml constraints.txt scripts/install.sh $(if $(LATEST),latest)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	bash scripts/install.sh $(BIN)/python $(if $(LATEST),,constraints.txt)
 	touch $@
 
 quickstart: $(STAMP)  ## train, distil, evaluate, analyse and write a model card on scikit-learn's digits, offline
 	PYTHON=$(BIN)/python bash scripts/quickstart.sh
 
 test: $(STAMP)  ## the whole test suite, offline
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 quality: $(STAMP)  ## what CI checks
 	$(BIN)/ruff check .
@@ -23,3 +26,7 @@ quality: $(STAMP)  ## what CI checks
 style: $(STAMP)  ## mend what can be mended automatically
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+constraints: $(STAMP)  ## write the versions of this environment into constraints.txt, once the suite has passed on them
+	bash scripts/constraints.sh $(BIN)/python > constraints.tmp
+	mv constraints.tmp constraints.txt

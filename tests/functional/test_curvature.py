@@ -1,3 +1,4 @@
+import itertools
 import math
 import weakref
 
@@ -485,7 +486,7 @@ def test_residuals_bound_the_distance_to_an_eigenvalue_and_the_ends_come_from_in
         assert (distance <= result.residuals + 1e-12).all()
         assert eigenvalues[0] - 1e-12 <= result.smallest
         assert result.largest <= eigenvalues[-1] + 1e-12
-        ends.append((result.smallest, result.largest, result.residuals.max()))
+        ends.append((result.smallest, result.largest))
         # a bound of zero would be no bound: the true residual of the ritz pair has this length
         if steps == 5:
             matvec = Recorded(a)
@@ -494,8 +495,8 @@ def test_residuals_bound_the_distance_to_an_eigenvalue_and_the_ends_come_from_in
             nodes, vectors = torch.linalg.eigh(basis @ a @ basis.T)
             residual = (a @ basis.T @ vectors - basis.T @ vectors * nodes).norm(dim=0)
             torch.testing.assert_close(result.residuals, residual, rtol=1e-9, atol=1e-12)
-    assert ends == sorted(ends, key=lambda end: end[1])
-    assert ends == sorted(ends, key=lambda end: -end[0])
+    # more steps look further out; both ends are reached by 40, and from there on they differ by rounding
+    assert all(b[0] <= a[0] + 1e-12 and b[1] >= a[1] - 1e-12 for a, b in itertools.pairwise(ends))
     torch.testing.assert_close(lanczos(Recorded(a), 60, 99, dtype=FLOAT64).nodes, eigenvalues, rtol=1e-9, atol=1e-9)
 
 
