@@ -1,9 +1,10 @@
-"""What the teachers did to the micro students: every finished run of benchmarks/micro.py evaluated and analysed.
+"""What the teachers did to the micro students: the runs of the queue's tier `small` evaluated and analysed.
 
+python benchmarks/gpu_queue.py --device cpu --tier small --dataset_name DATASET --minutes 600    # makes them
 python benchmarks/micro_analysis.py --dataset_name DATASET [--seeds 0 1 2] [--hessian_seeds 0]
 
 Every model is evaluated on the whole test split by scripts/evaluate_model.py; the students of a seed are put side by
-side by scripts/analyze.py, each beside that seed's ResNet-18. Finished parts are not made again.
+side by scripts/analyze.py, each beside the ResNet-18. Finished parts are not made again.
 """
 
 import argparse
@@ -16,13 +17,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from micro import ARMS, CONTROL, ROOT, STUDENTS
+from gpu.arms import ARMS, CONTROL, STUDENTS, WITHOUT_GPU, job_id
+from gpu.job import ROOT, TIERS
 
 from hf_ihb.plots import attention_map_plot, confusion_matrix_plot, draw_analyses
 from hf_ihb.records import COMPARISON_FILE, METRICS_FILE, read_json, write_json
 from hf_ihb.report import markdown_table
 
-REFERENCE = "resnet18"
+EPOCHS = TIERS["small"].epochs
+REFERENCE = job_id("resnet18", 0, EPOCHS)
 
 
 def run(words: Sequence[str], done: Path) -> str:
@@ -33,13 +36,13 @@ def run(words: Sequence[str], done: Path) -> str:
     return shlex.join(words)
 
 
-def evaluate(folder: Path, dataset: str) -> str:
+def evaluate(runs: Path, name: str, seed: int, dataset: str) -> str:
     """metrics.json of one model, a student beside its teacher and the control of its seed."""
-    arm = ARMS[folder.name]
+    folder = runs / job_id(name, seed, EPOCHS)
     words = ["python", "scripts/evaluate_model.py", str(folder), "--dataset_name", dataset]
-    if arm.teacher is not None:
-        words += ["--teacher_model", str(folder.with_name(arm.teacher))]
-        words += ["--baseline_model", str(folder.with_name(CONTROL))]
+    if (teacher := ARMS[name].teacher) is not None:
+        words += ["--teacher_model", str(runs / job_id(teacher, 0, EPOCHS))]
+        words += ["--baseline_model", str(runs / job_id(CONTROL, seed, EPOCHS))]
     return run(words, ROOT / folder / METRICS_FILE)
 
 
@@ -52,7 +55,7 @@ def spread(values: Sequence[float], digits: int) -> str:
 def evaluation_table(metrics: dict[tuple[str, int], dict[str, Any]]) -> str:
     """One row a model: accuracy, calibration, and what it has of its teacher, over seeds."""
     rows = [("model", "accuracy", "macro F1", "AUC", "NLL", "ECE", "agreement", "KL", "gap closed")]
-    for name in ARMS:
+    for name in dict.fromkeys(arm for arm, _ in metrics):
         runs = [run for (arm, _), run in metrics.items() if arm == name]
         heads = [next(iter(run["heads"].values())) for run in runs]  # the one the saved model answers with
         cells = [spread([100 * head["accuracy"] for head in heads], 2), spread([100 * head["f1"] for head in heads], 2)]
@@ -80,7 +83,7 @@ def analysis_table(analyses: dict[tuple[str, int], dict[str, Any]]) -> str:
         "last layers' CKA": (lambda a: a["cka"]["matrices"][1]["linear"][-1][-1], 3),
     }
     rows = [("student", *columns, "Hessian trace", "eigenvalues")]
-    for name in STUDENTS:
+    for name in (arm for arm in STUDENTS if any(arm == found for found, _ in analyses)):
         runs = [run for (arm, _), run in analyses.items() if arm == name]
         cells = [spread([read(run) for run in runs], digits) for read, digits in columns.values()]
         curved = [run["hessian"] for run in runs if "hessian" in run]
@@ -97,7 +100,7 @@ def main() -> None:
     """Makes what is missing, then writes tables, numbers and plots under benchmarks/results/."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset_name", default="uoft-cs/cifar10", help="Hub id or folder of CIFAR-10.")
-    parser.add_argument("--outputs", type=Path, default=Path("outputs/micro"), help="Where the runs are.")
+    parser.add_argument("--outputs", type=Path, default=Path("outputs/gpu/small/runs"), help="Where they are.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Of the runs.")
     parser.add_argument("--hessian_seeds", type=int, nargs="*", default=[0], help="Those whose curvature is measured.")
     parser.add_argument("--max_images", type=int, default=10000, help="Test images for attention and CKA.")
@@ -107,20 +110,23 @@ def main() -> None:
     args = parser.parse_args()
 
     commands, metrics, analyses, side_by_side = [], {}, {}, {}
+    commands.append(evaluate(args.outputs, "resnet18", 0, args.dataset_name))
+    metrics["resnet18", 0] = read_json(ROOT / args.outputs / REFERENCE / METRICS_FILE)
     for seed in args.seeds:
-        base = args.outputs / f"seed-{seed}"
-        commands += [evaluate(base / name, args.dataset_name) for name in ARMS]
-        folder = base / "comparison"
-        words = ["python", "scripts/analyze.py", "--compare", *(str(base / name) for name in STUDENTS)]
-        words += ["--dataset_name", args.dataset_name, "--teacher_model", str(base / REFERENCE)]
+        commands += [evaluate(args.outputs, name, seed, args.dataset_name) for name in WITHOUT_GPU]
+        folders = {name: args.outputs / job_id(name, seed, EPOCHS) for name in WITHOUT_GPU}
+        folder = args.outputs.parent / "comparisons" / f"seed-{seed}"
+        words = ["python", "scripts/analyze.py", "--compare", *map(str, folders.values())]
+        words += ["--dataset_name", args.dataset_name, "--teacher_model", str(args.outputs / REFERENCE)]
         words += ["--max_images", str(args.max_images), "--output_dir", str(folder)]
         words += ["--metrics", "attention,cka,hessian" if seed in args.hessian_seeds else "attention,cka"]
         words += ["--hessian_images", str(args.hessian_images), "--max_probes", str(args.max_probes)]
         words += ["--lanczos_steps", str(args.lanczos_steps), "--lanczos_starts", "1"]
         commands.append(run(words, ROOT / folder / COMPARISON_FILE))
-        metrics |= {(name, seed): read_json(ROOT / base / name / METRICS_FILE) for name in ARMS}
-        side_by_side[seed] = read_json(ROOT / folder / COMPARISON_FILE)
-        analyses |= {(name, seed): side_by_side[seed][name] for name in STUDENTS}
+        metrics |= {(name, seed): read_json(ROOT / path / METRICS_FILE) for name, path in folders.items()}
+        compared = read_json(ROOT / folder / COMPARISON_FILE)
+        side_by_side[seed] = {name: compared[path.name] for name, path in folders.items()}
+        analyses |= {(name, seed): found for name, found in side_by_side[seed].items()}
 
     day = datetime.date.today().isoformat()
     target = ROOT / "benchmarks" / "results" / f"{day}-micro-analysis"
@@ -152,8 +158,8 @@ def main() -> None:
         "## Analysis",
         "",
         f"Attention and CKA over {first['data']['num_images']:,} images; CKA is debiased, of block outputs averaged "
-        f"over patches, in batches of {first['cka']['rows_per_batch']}; every student beside the ResNet-18 of its "
-        f"seed, whatever it learned from. Hessian: {args.hessian_images} images, seed(s) "
+        f"over patches, in batches of {first['cka']['rows_per_batch']}; every student beside the ResNet-18, whatever "
+        f"it learned from. Hessian: {args.hessian_images} images, seed(s) "
         f"{', '.join(map(str, args.hessian_seeds)) or 'none'}, trace with its standard error, both ends by Lanczos.",
         "",
         analysis_table(analyses),

@@ -4,8 +4,7 @@ python benchmarks/structural_signal.py --dataset_name DATASET [--seeds 0]
 
 Both losses are a token and a CKA term of weight 0.5 each at micro scale. The teachers are the trained micro ResNet-18,
 the same network untrained, and the trained one shown another image than the student. A loss that carries what the
-teacher saw in the image must tell the three apart. Finished runs are skipped; the teacher comes from
-`benchmarks/micro.py --arms resnet18`, which is run where it is missing.
+teacher saw in the image must tell the three apart. Finished runs are skipped.
 """
 
 import argparse
@@ -76,10 +75,9 @@ def main() -> None:
     runs, commands = {}, []
     for seed in args.seeds:
         micro = args.outputs / "micro" / f"seed-{seed}"
-        if not (ROOT / micro / "resnet18" / "evaluation.json").is_file():
-            words = ["--arms", "resnet18", "--seeds", str(seed), "--dataset_name", args.dataset_name]
-            outputs = ["--outputs", str(args.outputs / "micro")]
-            subprocess.run([sys.executable, "benchmarks/micro.py", *words, *outputs], cwd=ROOT, check=True)
+        words = ["python", "scripts/train.py", "recipes/micro/resnet18.json", "--seed", str(seed)]
+        words += ["--dataset_name", args.dataset_name, "--output_dir", str(micro / "resnet18")]
+        launch([*words, "--overwrite_output_dir", "true"], micro / "resnet18")
         for loss, loss_keys in LOSSES.items():
             for teacher, teacher_keys in TEACHERS.items():
                 folder = args.outputs / "structural_signal" / f"seed-{seed}" / f"{loss}-{teacher}"

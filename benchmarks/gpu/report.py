@@ -292,7 +292,7 @@ def draw_curves(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Validation accuracy over training, a panel for each length; a line is the mean over an arm's seeds."""
     panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for epochs in sorted({r["epochs"] for r in results}):
-        lines = panels.setdefault(f"{epochs:g} epochs", {})
+        lines = panels.setdefault("1 epoch" if epochs == 1 else f"{epochs:g} epochs", {})
         for arm in ARMS:
             points: dict[float, list[float]] = {}
             for r in results:

@@ -38,5 +38,6 @@ def curve_panels(
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     handles = {line.get_label(): line for axis in figure.axes for line in axis.lines}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
+    ncols = min(len(handles), 3 * columns)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=ncols, frameon=False)
     figure.savefig(path, dpi=130)
