@@ -558,6 +558,7 @@ class SupervisedTrainingArguments(_Checked, TrainingArguments):
 
     def __post_init__(self) -> None:
         _Checked.__post_init__(self)
+        own_config = self.accelerator_config is None
         TrainingArguments.__post_init__(self)
         if self.ema_decay > 0 and self.swa_start is not None:
             raise ValueError("keys 'ema_decay' and 'swa_start' contradict: one average is evaluated and saved")
@@ -580,6 +581,8 @@ class SupervisedTrainingArguments(_Checked, TrainingArguments):
             self.data_seed = self.seed
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # pinning is for copies to an accelerator; without one torch only warns
+        elif self.device.type == "cuda" and self.dataloader_pin_memory and own_config:
+            self.accelerator_config.non_blocking = True  # what a batch is copied with, or every step begins with a wait
 
 
 @dataclass

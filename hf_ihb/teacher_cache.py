@@ -28,7 +28,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_ihb.data.placement import readable_bytes, readable_seconds
+from hf_ihb.data.placement import readable_bytes, readable_seconds, rows_onto
 from hf_ihb.errors import CacheError
 from hf_ihb.functional.gram import TokenGram, gram_width, pack_gram, unpack_gram
 from hf_ihb.models.teacher import Teacher
@@ -152,16 +152,20 @@ class TeacherCache:
         """Blocks of `BLOCK_ROWS` images; the last one may be short."""
         return -(-self.num_rows // BLOCK_ROWS)
 
-    def __call__(self, index: Tensor) -> list[Tensor] | list[TokenGram]:
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are, and the index is expected."""
+        return self._rows.device
+
+    def __call__(self, index: Tensor, device: torch.device | None = None) -> list[Tensor] | list[TokenGram]:
         """What the teacher said of some images, layer by layer.
 
         Args:
-            index: ``(B,)`` int64 positions in the training split.
+            index: ``(B,)`` int64 positions in the training split, where the rows are.
+            device: Where the answer is wanted; there as well if None.
         """
-        rows = self._rows
-        if rows.device == index.device:
-            return self.layout.unpack(rows[index])
-        return self.layout.unpack(rows[index.cpu()].to(index.device, non_blocking=True))
+        here = device in (None, self.device)
+        return self.layout.unpack(self._rows[index] if here else rows_onto(device, self._rows, index))
 
     # ---- On disk ----
 
@@ -406,17 +410,15 @@ class TeacherCache:
                 "kept. Give another 'teacher_cache_dir', or 'teacher_cache' off"
             ) from error
 
-    def place(self, device: torch.device, where: Literal["device", "pinned", "host"]) -> None:
+    def place(self, device: torch.device, where: Literal["device", "host"]) -> None:
         """Moves the rows to where they are read from fastest.
 
         Args:
             device: That the training runs on.
-            where: Onto it, into pinned memory, or left to the file and its pages in memory.
+            where: Onto it, or left to the file and its pages in memory.
         """
         if where == "device":
             self._rows = self._rows.to(device)
-        elif where == "pinned":
-            self._rows = self._rows.pin_memory()
 
 
 def _batches(rows: range, size: int) -> list[range]:

@@ -1,7 +1,7 @@
 """Any `datasets` image-classification set -> splits of uint8 images."""
 
 from hf_ihb.data.loading import DIGITS, load_image_data, load_image_split
-from hf_ihb.data.placement import placement
+from hf_ihb.data.placement import placement, rows_onto
 from hf_ihb.data.splits import (
     ImageData,
     ImageSplit,
@@ -9,6 +9,7 @@ from hf_ihb.data.splits import (
     StoredSplit,
     StreamedSplit,
     collate_images,
+    host_index,
     stratified_sample,
 )
 
@@ -20,8 +21,10 @@ __all__ = [
     "StoredSplit",
     "StreamedSplit",
     "collate_images",
+    "host_index",
     "load_image_data",
     "load_image_split",
     "placement",
+    "rows_onto",
     "stratified_sample",
 ]

@@ -7,14 +7,14 @@ from typing import Literal
 
 import psutil
 import torch
+from torch import Tensor
 
 DEVICE_SHARE = 0.25
-HOST_SHARE = 0.5
 
 
 def placement(
-    num_bytes: int, device: torch.device | str, *, free_bytes: int | None = None, host_bytes: int | None = None
-) -> Literal["device", "pinned", "host"]:
+    num_bytes: int, device: torch.device | str, *, free_bytes: int | None = None
+) -> Literal["device", "host"]:
     """Where rows that are read at random by every step are kept.
 
     Args:
@@ -22,20 +22,32 @@ def placement(
         device: That reads them.
         free_bytes: Of the accelerator's memory; asked for if None. Up to `DEVICE_SHARE` of it may be taken, since the
             model, its optimizer and its activations come later.
-        host_bytes: Of the machine's memory that is available; asked for if None. Up to `HOST_SHARE` of it may be
-            pinned, by all processes of the machine together.
 
     Returns:
-        ``device``: on the accelerator, where a batch is one gather. ``pinned``: in page-locked memory, from where it is
-        copied without a wait. ``host``: where they are; always so without an accelerator.
+        ``device``: on the accelerator, where a batch is one gather. ``host``: where they are, see `rows_onto`; always
+        so without an accelerator.
     """
     device = torch.device(device)
     if device.type == "cpu":
         return "host"
-    if num_bytes <= DEVICE_SHARE * (_free_on(device) if free_bytes is None else free_bytes):
-        return "device"
-    available = available_memory() if host_bytes is None else host_bytes
-    return "pinned" if num_bytes * local_processes() <= HOST_SHARE * available else "host"
+    return "device" if num_bytes <= DEVICE_SHARE * (_free_on(device) if free_bytes is None else free_bytes) else "host"
+
+
+def rows_onto(device: torch.device, rows: Tensor, index: Tensor) -> Tensor:
+    """Some rows of the host's memory on a device, without a wait for it.
+
+    They are gathered into page-locked memory: from any other a copy waits until the device is done with what it has,
+    also where the rows themselves are page-locked and what was gathered of them is not.
+
+    Args:
+        device: Where to.
+        rows: ``(N, ...)`` on the host.
+        index: ``(B,)`` int64, on the host.
+    """
+    locked = device.type == "cuda"
+    gathered = torch.empty((len(index), *rows.shape[1:]), dtype=rows.dtype, pin_memory=locked)
+    torch.index_select(rows, 0, index, out=gathered)
+    return gathered.to(device, non_blocking=locked)
 
 
 def local_processes() -> int:

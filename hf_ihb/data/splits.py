@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ class StoredSplit(torch.utils.data.Dataset, ABC):
     """Images of one split as uint8; a batch is made at once.
 
     An item is ``{"pixel_values": uint8 (C, H, W), "labels": int, "index": int}``. A `DataLoader` asks for a whole batch
-    at once and gets the stacked dictionary; `collate_images` passes it on.
+    at once and gets the stacked dictionary; `collate_images` passes it on. Beside ``index``, which goes where the
+    images go, it has ``rows``: the same as a NumPy array, which stays on the host (`host_index`).
 
     Args:
         labels: ``(N,)`` int64 in [0, len(label_names)).
@@ -42,9 +43,14 @@ class StoredSplit(torch.utils.data.Dataset, ABC):
         pixels = self._pixels(torch.tensor([row]))[0]
         return {"pixel_values": pixels, "labels": int(self.labels[row]), "index": row}
 
-    def __getitems__(self, indices: Sequence[int] | Tensor) -> dict[str, Tensor]:
+    def __getitems__(self, indices: Sequence[int] | Tensor) -> dict[str, Any]:
         index = torch.as_tensor(indices)
-        return {"pixel_values": self._pixels(index), "labels": self.labels[index], "index": index}
+        return {
+            "pixel_values": self._pixels(index),
+            "labels": self.labels[index],
+            "index": index,
+            "rows": index.numpy(),
+        }
 
     @property
     @abstractmethod
@@ -99,14 +105,16 @@ class ImageSplit(StoredSplit):
         """``(N, C, H, W)``."""
         return tuple(self.images.shape)
 
-    def __getitems__(self, indices: Sequence[int] | Tensor) -> dict[str, Tensor]:
+    def __getitems__(self, indices: Sequence[int] | Tensor) -> dict[str, Any]:
         index = torch.as_tensor(indices)
+        rows = index.numpy()
         if self.images.device.type == "cuda":  # a copy from memory that is not pinned would wait for the device
             index = index.pin_memory().to(self.images.device, non_blocking=True)
         else:
             index = index.to(self.images.device)
         # copies whole rows, where indexing goes byte by byte: a tenth of the time on the CPU
-        return {"pixel_values": self.images.index_select(0, index), "labels": self.labels[index], "index": index}
+        pixels = self.images.index_select(0, index)
+        return {"pixel_values": pixels, "labels": self.labels[index], "index": index, "rows": rows}
 
     def select(self, indices: Tensor | np.ndarray) -> "ImageSplit":
         """The rows at `indices`, renumbered from 0; copied into memory."""
@@ -241,9 +249,18 @@ class ImageData:
         return self.train.image_size
 
 
-def collate_images(batch: dict[str, Tensor] | list[dict[str, Any]]) -> dict[str, Tensor]:
+def collate_images(batch: dict[str, Any] | list[dict[str, Any]]) -> dict[str, Any]:
     """Passes on a batch that a split of ours made; stacks items of any data set as `default_data_collator` does."""
     return batch if isinstance(batch, dict) else default_data_collator(batch)
+
+
+def host_index(batch: Mapping[str, Any]) -> np.ndarray:
+    """``(B,)`` position of each image of a batch in its split, on the host.
+
+    Batches of our splits bring it along. Of any other it is copied, which on an accelerator is waited for.
+    """
+    rows = batch.get("rows")
+    return batch["index"].cpu().numpy() if rows is None else rows
 
 
 def stratified_sample(split: StoredSplit, count: int, seed: int, where: str) -> Tensor:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, TrainingArguments
 
 from hf_ihb.arguments import DistillationTrainingArguments
-from hf_ihb.data import StoredSplit, placement
+from hf_ihb.data import StoredSplit, host_index, placement
 from hf_ihb.errors import DataError, RecipeError
 from hf_ihb.models.processing import pixel_format
 from hf_ihb.models.teacher import Teacher
@@ -71,7 +71,6 @@ class DistillationTrainer(SupervisedTrainer):
         self.teacher.to(self.args.device, dtype)
         if self.needs_logits and not ready:
             self.teacher.align_labels(list(self.student.config.id2label.values()))
-        self._teacher_decisions: dict[int, tuple[Dataset, Tensor]] = {}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `SupervisedTrainer.train`, after `prepare_teacher`."""
@@ -196,7 +195,11 @@ class DistillationTrainer(SupervisedTrainer):
         """What `_teacher_answer` would say of a training batch, from the cache; None if there is none."""
         if self.teacher_cache is None or views is None:
             return None
-        return self.teacher_cache(inputs["index"].roll(-1) if self._breaks_pairs else inputs["index"])
+        index = inputs["index"]
+        device = index.device
+        if self.teacher_cache.device != device:
+            index = torch.from_numpy(host_index(inputs))
+        return self.teacher_cache(index.roll(-1) if self._breaks_pairs else index, device)
 
     # ---- What a method says about its cache ----
 

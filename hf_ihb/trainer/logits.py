@@ -2,18 +2,33 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import DeiTForImageClassification, PreTrainedModel, TrainingArguments
 
 from hf_ihb.arguments import LogitDistillationTrainingArguments
+from hf_ihb.data import host_index
 from hf_ihb.errors import TeacherMismatchError
 from hf_ihb.losses import logit_distillation_loss, scheduled_alpha
 from hf_ihb.models.module import StudentModule, StudentOutput
 from hf_ihb.teacher_cache import Kind, Layout
 from hf_ihb.trainer.distillation import DistillationTrainer, spread
 from hf_ihb.views import Views
+
+
+class _Decisions:
+    """The classes a teacher gave to the images of a data set, and which of them it was asked about.
+
+    The second is kept on the host: asking a device in every batch of an evaluation would wait for it each time.
+    """
+
+    def __init__(self, dataset: Dataset, device: torch.device) -> None:
+        self.dataset = dataset  # as long as it is held, no other has its id
+        self.classes = torch.zeros(len(dataset), dtype=torch.long, device=device)
+        self.known = np.zeros(len(dataset), bool)
 
 
 class LogitDistillationTrainer(DistillationTrainer):
@@ -35,6 +50,10 @@ class LogitDistillationTrainer(DistillationTrainer):
     arguments_class = LogitDistillationTrainingArguments
     needs_logits = True
     _SCORED_TRAINING_IMAGES = 1000
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._teacher_decisions: dict[int, _Decisions] = {}
+        super().__init__(*args, **kwargs)
 
     def _module(self, student: PreTrainedModel, args: TrainingArguments) -> StudentModule:
         module = super()._module(student, args)
@@ -75,16 +94,16 @@ class LogitDistillationTrainer(DistillationTrainer):
             loader = self.get_eval_dataloader(next(iter(datasets.values())) if isinstance(datasets, dict) else None)
         else:
             loader = self.get_eval_dataloader(spread(self.train_dataset, self._SCORED_TRAINING_IMAGES))
-        correct, count = 0, 0
+        correct, count = 0, 0  # added up on the device: nothing is waited for
         bar = tqdm(loader, desc="Scoring the teacher", disable=self._quiet)
         self._eval_dataset = loader.dataset
         for inputs in bar:
             inputs = self._prepare_inputs(inputs)
             labels = inputs["labels"].argmax(-1) if inputs["labels"].ndim == 2 else inputs["labels"]
             hits = self.accelerator.gather_for_metrics(self._teacher_decision(inputs) == labels)
-            correct, count = correct + int(hits.sum()), count + len(hits)
+            correct, count = correct + hits.sum(), count + len(hits)
         num_labels = self.student.config.num_labels
-        accuracy, chance = correct / count, 1 / num_labels
+        accuracy, chance = int(correct) / count, 1 / num_labels
         if self.teacher.control != "untrained" and accuracy <= chance + 3 * (chance * (1 - chance) / count) ** 0.5:
             raise TeacherMismatchError(
                 f"teacher '{self.teacher.name}': expected accuracy above chance, {chance:.3f}, found {accuracy:.3f} "
@@ -97,12 +116,13 @@ class LogitDistillationTrainer(DistillationTrainer):
         index = inputs.get("index")
         if index is None or inputs["pixel_values"].dtype != torch.uint8 or not hasattr(self._eval_dataset, "images"):
             return self._teacher_logits(inputs, None).argmax(-1)
-        dataset = self._eval_dataset
-        unknown = torch.full((len(dataset),), -1, device=index.device)
-        _, known = self._teacher_decisions.setdefault(id(dataset), (dataset, unknown))
-        if (known[index] < 0).any():
-            known[index] = self._teacher_logits(inputs, None).argmax(-1)
-        return known[index]
+        if (found := self._teacher_decisions.get(id(self._eval_dataset))) is None:
+            found = self._teacher_decisions[id(self._eval_dataset)] = _Decisions(self._eval_dataset, index.device)
+        rows = host_index(inputs)
+        if not found.known[rows].all():
+            found.classes[index] = self._teacher_logits(inputs, None).argmax(-1)
+            found.known[rows] = True
+        return found.classes[index]
 
     def _teacher_logits(self, inputs: dict[str, Any], views: Views | None) -> Tensor:
         with torch.no_grad(), self.accelerator.autocast():

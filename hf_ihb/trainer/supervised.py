@@ -71,6 +71,8 @@ class SupervisedTrainer(Trainer):
         if not isinstance(args, self.arguments_class):
             raise TypeError(f"{type(self).__name__} takes {self.arguments_class.__name__}, got {type(args).__name__}")
         data_collator = data_collator or collate_images
+        if args.accelerator_config.dispatch_batches:  # the main process hands out tensors, and nothing else
+            data_collator = _without_rows(data_collator)
         self._pixels = None if processing_class is None else pixel_format(processing_class)
         self._probe_source = (train_dataset if train_dataset is not None else eval_dataset, data_collator)
         if (model_init := kwargs.pop("model_init", None)) is not None:
@@ -106,6 +108,7 @@ class SupervisedTrainer(Trainer):
             }
         self._metric_sums: dict[str, list[float]] = {}
         self._steps_per_epoch: int | None = None
+        self._num_parameters: int | None = None
         self._reset_window()
         self._quiet = self.args.disable_tqdm or not self.is_world_process_zero()
         self._publishing = Publishing(self)
@@ -127,6 +130,17 @@ class SupervisedTrainer(Trainer):
         if self._pixels is not None:
             self._pixels = self._pixels._replace(size=size)
         return StudentModule(student)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """As `Trainer._move_model_to_device`, which is not for sharded models.
+
+        Weights of convolutions that look beside their own place get the layout they run fastest in; a ViT's patches
+        are cut by one that does not.
+        """
+        super()._move_model_to_device(model, device)
+        convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+        if any(size > step for m in convolutions for size, step in zip(m.kernel_size, m.stride, strict=True)):
+            model.to(memory_format=torch.channels_last)
 
     # ---- Training ----
 
@@ -150,6 +164,7 @@ class SupervisedTrainer(Trainer):
 
     def _begin_training(self) -> None:
         self._reset_window()
+        self._num_parameters = None
         if self.args.world_size > 1:
             # ranks start from one seed; left so, drop path would drop the same rows on each of them
             torch.manual_seed(self.args.seed + self.args.process_index)
@@ -160,6 +175,12 @@ class SupervisedTrainer(Trainer):
             raise DataError(f"training batch: expected '{missing[0]}', found {', '.join(inputs)}")
         self._window_images += len(inputs["labels"]) * self.args.world_size
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As `Trainer.floating_point_ops`; the parameters are counted once, not in every step."""
+        if self._num_parameters is None:
+            self._num_parameters = self.model.num_parameters(exclude_embeddings=True)
+        return 6 * inputs["pixel_values"].numel() * self._num_parameters
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -611,6 +632,14 @@ def compiled(function: Callable, args: TrainingArguments) -> Callable:
         return graph(*given)
 
     return call
+
+
+def _without_rows(collate: Callable) -> Callable:
+    @functools.wraps(collate)
+    def collated(batch: Any) -> dict[str, Any]:
+        return {name: value for name, value in collate(batch).items() if name != "rows"}
+
+    return collated
 
 
 def _listed(value: str | list[str] | None) -> list[str]:

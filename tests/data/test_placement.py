@@ -3,27 +3,23 @@ import pytest
 import torch
 
 from hf_ihb.data import ImageSplit, placement
-from hf_ihb.data.placement import DEVICE_SHARE, HOST_SHARE, _limit_of, available_memory
+from hf_ihb.data.placement import DEVICE_SHARE, _limit_of, available_memory, rows_onto
 from tests.image_sets import NAMES
 
 GIB = 1 << 30
 
 
-@pytest.mark.parametrize(("free", "host", "where"), [
-    (4 / DEVICE_SHARE, 0, "device"), (3.9 / DEVICE_SHARE, 4 / HOST_SHARE, "pinned"),
-    (3.9 / DEVICE_SHARE, 3.9 / HOST_SHARE, "host"),
-])  # fmt: skip
-def test_rows_are_placed_where_a_share_of_the_memory_holds_them(free, host, where):
-    assert placement(4 * GIB, "cuda:1", free_bytes=int(free * GIB), host_bytes=int(host * GIB)) == where
-    assert placement(4 * GIB, "cpu", free_bytes=int(free * GIB), host_bytes=int(host * GIB)) == "host"
+@pytest.mark.parametrize(("free", "where"), [(4 / DEVICE_SHARE, "device"), (3.9 / DEVICE_SHARE, "host")])
+def test_rows_are_placed_where_a_share_of_the_memory_holds_them(free, where):
+    assert placement(4 * GIB, "cuda:1", free_bytes=int(free * GIB)) == where
+    assert placement(4 * GIB, "cpu", free_bytes=int(free * GIB)) == "host"
 
 
-def test_pinned_memory_counts_for_all_processes_of_a_machine(monkeypatch):
-    room = {"free_bytes": 0, "host_bytes": int(8 * GIB / HOST_SHARE)}
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert placement(4 * GIB, "cuda", **room) == "pinned"
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert placement(4 * GIB, "cuda", **room) == "host"
+@pytest.mark.parametrize("shape", [(40, 3, 5, 4), (40, 7), (40,)])
+def test_rows_of_the_host_are_gathered(shape, generator):
+    rows = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    index = torch.randint(40, (9,), generator=generator)
+    assert torch.equal(rows_onto(torch.device("cpu"), rows, index), rows[index])
 
 
 def test_memory_is_at_most_the_machines():
@@ -52,6 +48,7 @@ def test_a_split_moves_with_labels_and_index(generator):
     moved = split.to("meta")  # a device without memory: shapes and places alone
     assert moved.to(torch.device("meta")) is moved
     batch = moved.__getitems__([3, 1])
+    assert batch.pop("rows").tolist() == [3, 1]  # stay on the host
     assert {name: (value.device.type, tuple(value.shape)) for name, value in batch.items()} == {
         "pixel_values": ("meta", (2, 3, 4, 5)), "labels": ("meta", (2,)), "index": ("meta", (2,)),
     }  # fmt: skip
@@ -70,6 +67,7 @@ def test_a_batch_on_the_device_is_that_of_the_host_without_a_wait(generator):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     expected = split.__getitems__(rows)
+    assert batch.pop("rows").tolist() == expected.pop("rows").tolist() == rows
     assert all(value.device.type == "cuda" for value in batch.values())
     assert all(torch.equal(value.cpu(), expected[name]) for name, value in batch.items())
     assert moved.statistics() == split.statistics()

@@ -4,13 +4,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import EvalPrediction, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
 from hf_ihb.arguments import AugmentationArguments, ModelArguments, SupervisedTrainingArguments
 from hf_ihb.data import ImageSplit
 from hf_ihb.errors import CheckpointError, DataError, NumericsError
 from hf_ihb.models.student import build_student
 from hf_ihb.trainer import SupervisedTrainer, callbacks, supervised
+from tests.trainer.conftest import LABELS, MEAN, SIZE, STD
 
 AUGMENT = AugmentationArguments(
     random_crop_padding=2, horizontal_flip=0.5, cutout_size=4, mixup_alpha=0.8, cutmix_alpha=1.0, mix_probability=0.7
@@ -525,3 +526,49 @@ def test_a_nan_ends_the_run_in_its_step_or_before_anything_is_logged_or_saved(de
         trainer.train()
     assert steps == ([0, 1] if device == "cpu" else [0, 1, 2])  # elsewhere at the checkpoint of step 3
     assert not list(Path(trainer.args.output_dir).glob("checkpoint-*/model.safetensors"))
+
+
+@pytest.mark.parametrize(("architecture", "wanted"), [("resnet18_cifar_w16", True), ("deit", False)])
+def test_convolutions_that_look_beside_themselves_are_laid_out_channels_last_and_saved_as_they_were(
+    architecture, wanted, make_trainer, make_student, tmp_path
+):
+    args = ModelArguments(architecture=architecture)
+    student = build_student(args, LABELS, SIZE, MEAN, STD)[0] if wanted else make_student()
+    trainer = make_trainer(student)
+    found = [
+        module.weight.is_contiguous(memory_format=torch.channels_last)
+        for module in trainer.student.modules()
+        if isinstance(module, torch.nn.Conv2d) and module.kernel_size != (1, 1) and module.in_channels > 1
+    ]
+    assert found
+    assert all(found) == any(found) == wanted
+    trainer.save_model(str(tmp_path / "saved"))
+    again = type(student).from_pretrained(tmp_path / "saved")
+    assert_same_state(state(again), state(trainer.student))
+
+
+def test_operations_are_counted_as_trainer_counts_them_and_parameters_once(make_trainer, monkeypatch):
+    trainer, pixels = make_trainer(), {"pixel_values": torch.zeros(5, 3, 16, 16)}
+    expected = Trainer.floating_point_ops(trainer, pixels)
+    assert trainer.floating_point_ops(pixels) == expected > 0
+    monkeypatch.setattr(type(trainer.model), "num_parameters", None)
+    assert trainer.floating_point_ops(pixels) == expected
+
+
+@pytest.mark.parametrize(("given", "device", "wanted"), [
+    ({}, "cuda", True), ({}, "cpu", False), ({"dataloader_pin_memory": False}, "cuda", False),
+    ({"accelerator_config": {"even_batches": False}}, "cuda", False),
+])  # fmt: skip
+def test_batches_are_copied_without_a_wait_unless_it_is_said_how(given, device, wanted, make_args, monkeypatch):
+    monkeypatch.setattr(SupervisedTrainingArguments, "device", property(lambda args: torch.device(device)))
+    args = make_args(SupervisedTrainingArguments, **{"use_cpu": False} | given)
+    assert args.accelerator_config.non_blocking == wanted
+
+
+def test_batches_that_the_main_process_hands_out_are_tensors_alone(make_trainer):
+    trainer = make_trainer(max_steps=2, accelerator_config={"dispatch_batches": True})
+    assert {type(value) for value in next(iter(trainer.get_train_dataloader())).values()} == {torch.Tensor}
+    trainer.train()
+    expected = make_trainer(max_steps=2)
+    expected.train()
+    assert_same_state(state(trainer.student), state(expected.student))

@@ -1,0 +1,174 @@
+"""A whole step of every trainer on a pretended GPU: views, teacher, student, losses, optimizer, average, evaluation.
+
+See `tests.invariants.test_no_waits`. A tensor on the wrong device, and a question to the device, are errors there;
+copies between host and device are listed. Gradients are made up: torch's engine asks a real device for its streams
+before it goes backwards, and on one device no operation of ours has a backward pass of its own.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import Dinov2Config, Dinov2Model, set_seed
+
+from hf_ihb.arguments import (
+    AugmentationArguments,
+    LogitDistillationTrainingArguments,
+    ModelArguments,
+    StructuralDistillationTrainingArguments,
+    SupervisedTrainingArguments,
+)
+from hf_ihb.data import ImageSplit
+from hf_ihb.models.processing import PixelFormat
+from hf_ihb.models.student import build_student
+from hf_ihb.models.teacher import Teacher
+from hf_ihb.trainer import LogitDistillationTrainer, StructuralDistillationTrainer, SupervisedTrainer, distillation
+from tests.invariants.test_no_waits import GPU, TABLES, Copies
+from tests.trainer.conftest import LABELS, MEAN, SIZE, STD
+
+EVERYTHING = AugmentationArguments(
+    random_crop_padding=2, horizontal_flip=0.5, rotation_degrees=10.0, auto_augment="randaugment", random_erasing=0.25,
+    brightness=0.4, saturation=0.4, mixup_alpha=0.8, cutmix_alpha=1.0, mix_probability=0.5,
+)  # fmt: skip
+UNMIXED = dataclasses.replace(EVERYTHING, mixup_alpha=0.0, cutmix_alpha=0.0)
+STRUCTURAL = {
+    "cka": {"cka_weight": 1.0, "gram_weight": 1.0}, "rbf": {"cka_weight": 1.0, "cka_kernel": "rbf"},
+    "pooled": {"cka_weight": 1.0, "cka_scope": "pooled"}, "images": {"cka_weight": 1.0, "cka_scope": "images"},
+    "centred": {"cka_weight": 1.0, "center_positions": True},
+    "identical": {"cka_weight": 1.0, "teacher_view": "identical"},
+    "token": {"cka_weight": 0.0, "token_weight": 1.0}, "relation": {"cka_weight": 0.0, "relation_weight": 1.0},
+    "published": {
+        "cka_weight": 1.0, "gram_weight": 1.0, "cka_estimator": "published", "teacher_projector": "trainable",
+        "teacher_view": "identical",
+    },
+}  # fmt: skip
+LOGITS = {"soft": {}, "hard": {"distillation_type": "hard"}, "both": {"distilled_heads": "both"}}
+CASES = [
+    *((SupervisedTrainer, architecture, {}) for architecture in ("deit", "deit_cls", "adaptive_cnn")),
+    (SupervisedTrainer, "resnet18_cifar_w16", {"ema_decay": 0.9}),
+    *((LogitDistillationTrainer, "deit", LOGITS[name] | {"teacher_cache": "off"}) for name in LOGITS),
+    (LogitDistillationTrainer, "deit_cls", {"teacher_view": "clean", "teacher_cache": "logits"}),
+    *((StructuralDistillationTrainer, "deit", settings | {"teacher_cache": "off"}) for settings in STRUCTURAL.values()),
+    *((StructuralDistillationTrainer, "deit", STRUCTURAL[n] | {"teacher_cache": "gram"}) for n in ("cka", "centred")),
+    *((StructuralDistillationTrainer, "deit", STRUCTURAL[n] | {"teacher_cache": "tokens"}) for n in ("token", "rbf")),
+]
+
+
+def make_cnn(architecture):
+    return build_student(ModelArguments(architecture=architecture), LABELS, SIZE, MEAN, STD)[0]
+
+
+@pytest.fixture
+def make(make_student, make_teacher, make_args, train_split, eval_split, processor, tmp_path):
+    def made(trainer_class, architecture, settings):
+        arguments_class, more = trainer_class.arguments_class, {}
+        if arguments_class is StructuralDistillationTrainingArguments:
+            set_seed(5)
+            config = Dinov2Config(
+                image_size=16, patch_size=4, hidden_size=24, num_hidden_layers=3, num_attention_heads=2,
+                intermediate_size=32,
+            )  # fmt: skip
+            pixels = PixelFormat((0.5,) * 3, (0.25,) * 3, (16, 16))
+            more["teacher_model"] = Teacher(Dinov2Model(config), pixels)
+            settings = {"student_layers": [0, 2], "teacher_layers": [1, 2]} | settings
+        elif arguments_class is LogitDistillationTrainingArguments:
+            more["teacher_model"] = make_teacher()
+        if arguments_class is not SupervisedTrainingArguments:
+            settings = settings | {"teacher_cache_dir": str(tmp_path / "caches")}
+        small = make_student if architecture.startswith("deit") else make_cnn
+        return trainer_class(
+            small(architecture), make_args(arguments_class, **settings), train_dataset=train_split,
+            eval_dataset=eval_split, processing_class=processor,
+            augmentation=UNMIXED if settings.get("teacher_view") == "clean" else EVERYTHING, **more,
+        )  # fmt: skip
+
+    return made
+
+
+def elsewhere(tensor):
+    """A tensor of that shape on the GPU, inside of the fake mode."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=GPU)
+
+
+def backward(module):
+    for parameter in module.parameters():
+        parameter.grad = elsewhere(parameter)
+
+
+def move(module):
+    for part in module.modules():
+        for name, value in part._parameters.items():
+            if value is not None:
+                part._parameters[name] = torch.nn.Parameter(elsewhere(value), value.requires_grad)
+        for name, value in part._buffers.items():
+            part._buffers[name] = None if value is None else elsewhere(value)
+
+
+def move_trainer(trainer, monkeypatch):
+    monkeypatch.setattr(type(trainer.args), "device", property(lambda args: GPU))
+    move(trainer.model)
+    for split in (trainer.train_dataset, trainer.eval_dataset):
+        moved = ImageSplit(elsewhere(split.images), elsewhere(split.labels), split.label_names)
+        trainer._on_device[id(split)] = (split, moved)
+    if (teacher := getattr(trainer, "teacher", None)) is not None:
+        move(teacher.model)
+        if teacher.permutation is not None:
+            teacher.permutation = elsewhere(teacher.permutation)
+    if getattr(trainer, "_statistics", None) is not None:
+        trainer._statistics = [tuple(map(elsewhere, pair)) for pair in trainer._statistics]
+    if (cache := getattr(trainer, "teacher_cache", None)) is not None:
+        cache._rows = elsewhere(cache._rows)
+
+
+def batch_of(split, count=8):
+    index = torch.empty(count, dtype=torch.long, device=GPU)
+    return {"pixel_values": split.images[:count], "labels": split.labels[:count], "index": index,
+            "rows": np.arange(count)}  # fmt: skip
+
+
+@pytest.fixture
+def clean_tables():
+    for table in TABLES:
+        table.cache_clear()
+    yield
+    for table in TABLES:
+        table.cache_clear()
+
+
+@pytest.mark.usefixtures("clean_tables")
+@pytest.mark.parametrize(("trainer_class", "architecture", "settings"), CASES)
+def test_a_step_is_on_one_device_and_asks_it_for_nothing(trainer_class, architecture, settings, make, monkeypatch):
+    trainer = make(trainer_class, architecture, settings)
+    if isinstance(trainer, distillation.DistillationTrainer):
+        trainer.prepare_teacher()
+    trainer.teacher_accuracy = 1.0
+    trainer._begin_training()
+    trainer.current_gradient_accumulation_steps = 1
+    for table in TABLES:
+        table.cache_clear()
+    with FakeTensorMode():
+        move_trainer(trainer, monkeypatch)
+        trainer.create_optimizer()
+        monkeypatch.setattr(trainer.accelerator, "backward", lambda loss, **kwargs: backward(trainer.model))
+        trainer._averaging.on_train_begin(trainer.args, trainer.state, trainer.control)
+        train = batch_of(trainer._placed(trainer.train_dataset))
+        placed = trainer._eval_dataset = trainer._placed(trainer.eval_dataset)
+
+        def step():
+            trainer.model.train()
+            loss = trainer.training_step(trainer.model, train)
+            assert (loss.ndim, loss.device) == (0, GPU)
+            trainer.optimizer.step()
+            trainer.state.global_step += 1
+            trainer._averaging.on_step_end(trainer.args, trainer.state, trainer.control)
+            trainer.floating_point_ops(train)
+            trainer.optimizer.zero_grad()
+            trainer.model.eval()
+            trainer.prediction_step(trainer.model, batch_of(placed), False)
+
+        step()
+        with Copies() as copies:
+            step()
+    assert copies.found == []
