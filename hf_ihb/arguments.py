@@ -1,6 +1,7 @@
 """Every key of a recipe: dataclasses with a help text, a unit and a range for each key of ours."""
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -8,6 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
+from transformers.utils import is_torch_tf32_available
 
 
 @dataclass(frozen=True)
@@ -506,7 +508,11 @@ class SupervisedTrainingArguments(_Checked, TrainingArguments):
     Changed defaults: `remove_unused_columns=False` (augmentation needs the sample index), `dataloader_drop_last=True`
     (a short last batch would weigh more per image; evaluation always sees every image),
     `logging_nan_inf_filter=False` (a NaN is an error, not a gap), `ddp_find_unused_parameters=False` (every parameter
-    gets a gradient), `data_seed=seed`.
+    gets a gradient), `tf32=False` (losses are in float32; stock bfloat16 with `torch_compile` turns it on for them),
+    `data_seed=seed`.
+
+    One process with several visible GPUs is refused: `torch.nn.DataParallel` would take another batch than was asked
+    for, and no autocast.
     """
 
     _argument_group_name = "training"
@@ -522,6 +528,10 @@ class SupervisedTrainingArguments(_Checked, TrainingArguments):
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Passed to DistributedDataParallel; every parameter gets a gradient here."}
+    )
+    tf32: bool | None = field(
+        default=False,
+        metadata={"help": "TF32 in float32 matrix products, those of the losses too; convolutions use it either way."},
     )
     weight_decay_scope: Literal["weights", "all"] = key(
         "weights",
@@ -579,6 +589,16 @@ class SupervisedTrainingArguments(_Checked, TrainingArguments):
         # ranks are given different seeds for drop path; the order of the data must not follow them
         if self.data_seed is None:
             self.data_seed = self.seed
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"expected one process for each GPU, found one that sees {self.n_gpu}; start it as `accelerate launch "
+                f"--multi_gpu --num_processes {self.n_gpu} {sys.argv[0] or 'SCRIPT'} ...`, or on one GPU "
+                "with CUDA_VISIBLE_DEVICES=0"
+            )
+        if is_torch_tf32_available():
+            # stock sets torch's new switches, convolutions' with them; unless its old ones agree, reading them raises
+            torch.backends.cuda.matmul.allow_tf32 = bool(self.tf32)
+            torch.backends.cudnn.allow_tf32 = True
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # pinning is for copies to an accelerator; without one torch only warns
         elif self.device.type == "cuda" and self.dataloader_pin_memory and own_config:

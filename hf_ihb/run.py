@@ -90,6 +90,18 @@ def open_run(args: TrainingArguments, run_args: RunArguments) -> None:
     if not os.access(next(p for p in (folder, *folder.absolute().parents) if p.exists()), os.W_OK):
         raise RecipeError(f"key 'output_dir': expected a folder that can be written to, found {folder}")
     PartialState().wait_for_everyone()  # nobody writes before everybody has looked
+    if args.world_size > 1 and PartialState().is_main_process:
+        print(_batch_of_all(args), flush=True)
+
+
+def _batch_of_all(args: TrainingArguments) -> str:
+    """What several processes make of the batch that a recipe was written for."""
+    one, count = args.train_batch_size * args.gradient_accumulation_steps, args.world_size
+    return (
+        f"{count} processes: {count * one:,} images a step; per_device_train_batch_size {args.train_batch_size} x "
+        f"gradient_accumulation_steps {args.gradient_accumulation_steps} are {one:,} on one, which the learning rate "
+        f"of a recipe is meant for: --per_device_train_batch_size {max(1, args.train_batch_size // count)} keeps it"
+    )
 
 
 def _is_run(folder: Path) -> bool:

@@ -109,22 +109,30 @@ MIXED = AUGMENTATION | {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "mix_probabilit
 
 
 class Waits(TrainerCallback):
-    """CUDA's debug mode in the steps between two logs: what it warns of is a place where the host waits."""
+    """CUDA's debug mode from the end of one step to that of the next: what it warns of is a place where the host waits.
+
+    The batch of a step is fetched after the end of the one before.
+
+    Args:
+        step: After which it is turned on; everything should have run before.
+    """
 
     def __init__(self, step: int) -> None:
         self.step, self.found = step, set()
         self._caught: Any = None
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Turns it on, once everything has run before."""
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Turns it on or off."""
         if state.global_step == self.step:
             self._caught = warnings.catch_warnings(record=True)
             self._warnings = self._caught.__enter__()
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
+        else:
+            self.stop()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Reads what it said."""
+    def stop(self) -> None:
+        """Turns it off where it is on, and reads what it said."""
         if self._caught is not None:
             torch.cuda.set_sync_debug_mode("default")
             self._caught.__exit__(None, None, None)
@@ -149,7 +157,6 @@ def loss_curves(context: Context, precision: str, on: str | None = None) -> dict
         replace(context, device=on or context.device), max_train_samples=STEPS * BATCH, max_eval_samples=50
     )
     curves, waits, failed = {}, {}, {}
-    torch.backends.cudnn.allow_tf32 = False  # a difference of 1e-3 would be its rounding
     for name in COMPILED if precision == "compiled" else VARIANTS:
         try:
             curves[name], waits[name] = _train_variant(builder, name, precision)
@@ -174,11 +181,16 @@ def _train_variant(builder: Builder, name: str, precision: str) -> tuple[list[di
         length["torch_compile_backend"] = "inductor" if cuda else "aot_eager"
     augmentation = AugmentationArguments(**(AUGMENTATION if settings.get("teacher_view") == "clean" else MIXED))
     trainer = builder.trainer(way, student, augmentation, teacher, **length, **settings, logging_steps=1)
+    # a difference of 1e-3 would be TF32's rounding, which convolutions otherwise keep
+    torch.backends.cudnn.allow_tf32 = False
     trainer.train()
     if cuda:  # again, without a log in every step, which waits
         silent = builder.trainer(way, student, augmentation, teacher, **length, **settings, logging_steps=10**6)
         silent.add_callback(waits)
-        silent.train()
+        try:
+            silent.train()
+        finally:
+            waits.stop()
     logs = [
         {key: value for key, value in entry.items() if key in ("loss", "grad_norm") or key.endswith("_loss")}
         for entry in trainer.state.log_history

@@ -163,7 +163,11 @@ def summarize(profiler: profile, device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":
         averages = sorted(profiler.key_averages(), key=lambda e: -e.self_cpu_time_total)[:10]
         return {"top": [[e.key[:60], round(e.self_cpu_time_total / 1e3 / PROFILED, 3)] for e in averages]}
-    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    events = [
+        e
+        for e in profiler.events()
+        if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation  # spans, not kernels
+    ]
     copies = [e for e in events if e.name.startswith(("Memcpy", "Memset"))]
     kernels = [e for e in events if not e.name.startswith(("Memcpy", "Memset"))]
     intervals = sorted((e.time_range.start, e.time_range.end) for e in events)
