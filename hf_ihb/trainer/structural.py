@@ -1,13 +1,15 @@
 """Distillation by the structure of features."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from packaging import version
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.utils import logging
 
 from hf_ihb.arguments import StructuralDistillationTrainingArguments
 from hf_ihb.errors import DataError, RecipeError
@@ -23,6 +25,8 @@ from hf_ihb.trainer.collectives import stack_over_processes, sum_over_processes
 from hf_ihb.trainer.distillation import DistillationTrainer, spread
 from hf_ihb.trainer.supervised import compiled
 from hf_ihb.views import Views
+
+logger = logging.get_logger(__name__)
 
 
 class _Resampler:
@@ -48,6 +52,24 @@ class _Resampler:
         return (tokens.resampled(matrix) if isinstance(tokens, TokenGram) else matrix @ tokens), inside
 
 
+def structural_loss(args: StructuralDistillationTrainingArguments) -> Callable[..., dict[str, Tensor]]:
+    """The losses of a run, over all of its processes, compiled where `torch_compile` asks for it and it is right.
+
+    Before torch 2.14 a compiled collective is differentiated wrongly, without a sign: the losses are the same, the
+    gradient of pooled CKA is 0, that of others off by a quarter. They are left as they are then.
+    """
+    if args.world_size == 1:
+        return compiled(StructuralLoss.from_arguments(args).__call__, args)
+    loss = StructuralLoss.from_arguments(args, reduce=sum_over_processes, gather=stack_over_processes)
+    if not args.torch_compile or version.parse(torch.__version__).release >= (2, 14):
+        return compiled(loss.__call__, args)
+    logger.warning_once(
+        f"torch {torch.__version__}: structural losses of several processes are not compiled, since their gradients "
+        "would be wrong before torch 2.14"
+    )
+    return loss.__call__
+
+
 class StructuralDistillationTrainer(DistillationTrainer):
     """Distillation by the structure of features: CKA, Gram, token and relation losses between chosen blocks.
 
@@ -71,8 +93,7 @@ class StructuralDistillationTrainer(DistillationTrainer):
         self._teacher_layers = args.teacher_layers or args.student_layers
         self._losses = [n for n in ("cka", "gram", "token", "relation") if getattr(args, f"{n}_weight") > 0]
         self._token_losses = [n for n in self._losses if n != "relation"]
-        shared = {"reduce": sum_over_processes, "gather": stack_over_processes} if args.world_size > 1 else {}
-        self._structural_loss = compiled(StructuralLoss.from_arguments(args, **shared).__call__, args)
+        self._structural_loss = structural_loss(args)
         self._aligned = compiled(self._align, args)
         students, teachers, final = self._probe(student, args)
         for layer, feature_map in zip(self._teacher_layers, teachers, strict=True):
