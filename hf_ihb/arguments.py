@@ -595,14 +595,21 @@ class SupervisedTrainingArguments(_Checked, TrainingArguments):
                 f"--multi_gpu --num_processes {self.n_gpu} {sys.argv[0] or 'SCRIPT'} ...`, or on one GPU "
                 "with CUDA_VISIBLE_DEVICES=0"
             )
-        if is_torch_tf32_available():
-            # stock sets torch's new switches, convolutions' with them; unless its old ones agree, reading them raises
-            torch.backends.cuda.matmul.allow_tf32 = bool(self.tf32)
-            torch.backends.cudnn.allow_tf32 = True
+        self.set_float32_precision()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # pinning is for copies to an accelerator; without one torch only warns
         elif self.device.type == "cuda" and self.dataloader_pin_memory and own_config:
             self.accelerator_config.non_blocking = True  # what a batch is copied with, or every step begins with a wait
+
+    def set_float32_precision(self) -> None:
+        """Sets torch's switches as `tf32` says.
+
+        transformers sets the new ones, convolutions' with them; unless the old ones agree, reading those raises. And an
+        `Accelerator` for float32 with `torch_compile` turns TF32 on again, whatever was said.
+        """
+        if is_torch_tf32_available():
+            torch.backends.cuda.matmul.allow_tf32 = bool(self.tf32)
+            torch.backends.cudnn.allow_tf32 = True
 
 
 @dataclass

@@ -52,7 +52,7 @@ class PairedHeads(nn.Module):
         """
         return {
             loss: tuple(
-                (of_student(s), of_teacher(t))
+                (of_student(s), of_teacher(t.to(of_teacher[0].weight.dtype)))
                 for of_student, of_teacher, s, t in zip(
                     self.student[loss], self.teacher[loss], student, tokens, strict=True
                 )

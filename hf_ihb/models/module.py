@@ -36,6 +36,18 @@ class StudentOutput(ModelOutput):
     final_tokens: Tensor | None = None
 
 
+def block_classes(model: nn.Module) -> list[str]:
+    """Class names of the blocks a model repeats, which sharding makes its units.
+
+    Read off the model: the names that a class of transformers has for them are those of its own parts, and a model that
+    was made of others, or comes from timm, does not have them.
+    """
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 1]
+    kinds = [{type(block) for block in blocks} for blocks in lists]
+    alike = {kind.pop() for kind in kinds if len(kind) == 1}
+    return sorted(kind.__name__ for kind in alike if not kind.__module__.startswith("torch.nn"))
+
+
 class StudentModule(PreTrainedModel):
     """Student and student-side heads as one module, so that wrapping, clipping and compiling see one model.
 
@@ -69,7 +81,7 @@ class StudentModule(PreTrainedModel):
         self.projections = nn.ModuleList(projections)
         self.paired_heads, self.final_layer = paired_heads, final_layer
         self.distillation_head = distillation_head
-        self._no_split_modules = getattr(student, "_no_split_modules", None)
+        self._no_split_modules = block_classes(student)
 
     def forward(
         self, pixel_values: Tensor, teacher_tokens: Mapping[str, Sequence[Tensor]] | None = None
@@ -80,6 +92,9 @@ class StudentModule(PreTrainedModel):
             pixel_values: ``(B, C, H, W)``, normalised.
             teacher_tokens: For each loss the teacher's patch tokens ``(B, N, D_t)`` of each layer, for `paired_heads`.
         """
+        # weights may be half precision without an autocast around them, as DeepSpeed keeps them; most CNNs then take
+        # no other pixels
+        pixel_values = pixel_values.to(self.student.dtype)
         layers = self.layers if self.final_layer is None else (*self.layers, self.final_layer)
         outputs, maps = extract_features(self.student, pixel_values, layers)
         features = tuple(m.patch_tokens for m in maps[: len(self.layers)])

@@ -89,6 +89,7 @@ class SupervisedTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        args.set_float32_precision()
         # our losses are means over a micro-batch; saying so makes 8 x 4 images equal 32 x 1
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False

@@ -3,10 +3,14 @@ import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.layers import DropPath
@@ -33,6 +37,7 @@ from hf_ihb.models.module import StudentModule
 from hf_ihb.models.processing import pixel_format
 from hf_ihb.models.student import apply_cls_token_dropout, apply_drop_path, build_student, init_tokens, input_size
 
+ROOT = Path(__file__).parents[2]
 NAMES = [f"class {i}" for i in range(10)]
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 SMALL = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3}
@@ -616,3 +621,24 @@ def test_the_students_own_weights_stand_under_one_prefix():
         "projections.0.weight",
         "projections.0.bias",
     }
+
+
+@pytest.mark.parametrize(("keys", "units"), [
+    ({"architecture": "deit", "num_hidden_layers": 3}, 3),
+    ({"architecture": "deit", "num_hidden_layers": 3, "conv_stem": True, "layer_scale_init": 0.1}, 3),
+    ({"architecture": "adaptive_cnn", "hidden_sizes": [8, 16], "depths": [2, 2]}, 4),
+    ({"architecture": "convnextv2", "hidden_sizes": [8, 16], "depths": [2, 1]}, 5),
+    ({"architecture": "resnet18_cifar_w16"}, 8),
+])  # fmt: skip
+def test_fsdp_shards_what_any_student_repeats(keys, units):
+    if keys["architecture"] == "deit":
+        keys = keys | {"hidden_size": 32, "num_attention_heads": 2}
+    student = build_student(ModelArguments(**keys), list("abcd"), (32, 32), [0.5] * 3, [0.2] * 3)[0]
+    config = load_config_from_file(str(ROOT / "recipes" / "accelerate" / "fsdp2.yaml")).fsdp_config
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy=config["fsdp_auto_wrap_policy"],
+        transformer_cls_names_to_wrap=config.get("fsdp_transformer_layer_cls_to_wrap"),
+    )  # fmt: skip
+    module = StudentModule(student)
+    policy = fsdp2_prepare_auto_wrap_policy(plugin, module)
+    assert sum(policy(part) for part in module.modules()) == units

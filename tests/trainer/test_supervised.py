@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
+from hf_ihb import arguments
 from hf_ihb.arguments import AugmentationArguments, ModelArguments, SupervisedTrainingArguments
 from hf_ihb.data import ImageSplit
 from hf_ihb.errors import CheckpointError, DataError, NumericsError
@@ -553,6 +554,19 @@ def test_operations_are_counted_as_trainer_counts_them_and_parameters_once(make_
     assert trainer.floating_point_ops(pixels) == expected > 0
     monkeypatch.setattr(type(trainer.model), "num_parameters", None)
     assert trainer.floating_point_ops(pixels) == expected
+
+
+def test_precision_is_what_was_asked_for_after_accelerate_had_its_say(make_trainer, monkeypatch):
+    monkeypatch.setattr(arguments, "is_torch_tf32_available", lambda: True)
+
+    def accelerate_does(*args, **kwargs):  # with torch_compile and float32, on CUDA
+        torch.backends.cuda.matmul.allow_tf32 = True
+        create(*args, **kwargs)
+
+    create = SupervisedTrainer.create_accelerator_and_postprocess
+    monkeypatch.setattr(SupervisedTrainer, "create_accelerator_and_postprocess", accelerate_does)
+    make_trainer()
+    assert torch.backends.cuda.matmul.fp32_precision == "ieee"
 
 
 @pytest.mark.parametrize(("given", "device", "wanted"), [
