@@ -29,7 +29,7 @@ from hf_ihb.views import Views
 logger = logging.get_logger(__name__)
 
 
-class _Resampler:
+class Resampler:
     """Brings the teacher's tokens to where the student's look; a matrix is made once for all layers of a grid.
 
     Args:
@@ -225,7 +225,7 @@ class StructuralDistillationTrainer(DistillationTrainer):
         return self._aligned(answer, views.affine if shared else None)
 
     def _align(self, answer: Sequence[Any], affine: Tensor | None) -> dict[str, list[tuple[Any, Tensor]]]:
-        move = _Resampler(affine)
+        move = Resampler(affine)
 
         def moved(layer: int, preparation: str) -> tuple[Any, Tensor]:
             ready = isinstance(answer[layer], TokenGram)  # prepared before its inner products were taken
