@@ -1,9 +1,9 @@
 """A batch of stored images -> what student and teacher see of it."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from hf_ihb.arguments import AugmentationArguments
 from hf_ihb.functional import augment, color, policies
 from hf_ihb.functional.constants import constant
 from hf_ihb.functional.geometry import affine_matrix, compose_affines, warp
-from hf_ihb.functional.random import counter_integers, counter_uniforms
+from hf_ihb.functional.random import counter_integers, integers, stream_uniforms, stream_words, uniforms
 
 
 class Stream(IntEnum):
@@ -80,6 +80,8 @@ class Augmenter:
         num_images: Size of the training split.
     """
 
+    _POLICY_NUMBERS: ClassVar[dict[str, int]] = {"trivialaugment_wide": 3, "autoaugment_cifar10": 5}
+
     def __init__(
         self,
         args: AugmentationArguments,
@@ -91,59 +93,93 @@ class Augmenter:
         self.args, self.seed, self.fill = args, seed, tuple(fill)
         self.fetch, self.num_images = fetch, num_images
 
-    def __call__(self, images: Tensor, index: Tensor, epoch: int | Tensor, labels: Tensor | None = None) -> Views:
+    def __call__(
+        self,
+        images: Tensor,
+        index: Tensor,
+        epoch: int | Tensor,
+        labels: Tensor | None = None,
+        partners: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> Views:
         """Augments a batch.
 
         Args:
             images: ``(B, C, H, W)`` uint8.
             index: ``(B,)`` position of each image in the training split.
-            epoch: Epoch number, >= 0, as in `counter_words`.
+            epoch: Epoch number, >= 0, as in `stream_words`.
             labels: ``(B,)``, where mixing partners come from the batch.
+            partners: Those that `partners_of` names, where they are not fetched here: positions ``(B,)``, uint8 images
+                ``(B, C, H, W)`` and labels ``(B,)``.
 
         Raises:
             ValueError: If the labels are needed and not given.
         """
-        seen, affine = self._one(images, index, epoch)
-        views = Views(images, seen, affine, torch.ones(len(images), device=images.device))
+        own = torch.ones(len(images), device=images.device)
         if not self.args.mixes:
-            return views
-        if self.fetch is None:
+            seen, affine = self._augmented(images, index, epoch)
+            return Views(images, seen, affine, own)
+        counts = {Stream.MIX: 5} | ({Stream.MIX_PARTNER: 1} if partners is None and self.fetch else {})
+        words = stream_words(self.seed, epoch, index, counts)
+        u = uniforms(words[Stream.MIX])
+        if partners is None and self.fetch is None:
             if labels is None:
                 raise ValueError("mixing partners from the batch: expected its labels, found none")
-            return self._mix(views, index, epoch, seen.roll(-1, 0), labels.roll(-1, 0))
-        partner = counter_integers(self.seed, epoch, index, Stream.MIX_PARTNER, self.num_images)
-        partner_images, partner_labels = self.fetch(partner)
-        other, _ = self._one(partner_images, partner, epoch)
-        return self._mix(views, index, epoch, other, partner_labels)
+            seen, affine = self._augmented(images, index, epoch)
+            return self._mix(Views(images, seen, affine, own), u, seen.roll(-1, 0), labels.roll(-1, 0))
+        if partners is None:
+            rows = integers(words[Stream.MIX_PARTNER][:, 0], self.num_images)
+            partners = (rows, *self.fetch(rows))
+        rows, partner_images, partner_labels = partners
+        # own images and partners go through everything together: half the operations, each on twice as many images
+        both, affine = self._augmented(torch.cat((images, partner_images)), torch.cat((index, rows)), epoch)
+        seen, other = both.chunk(2)
+        return self._mix(Views(images, seen, affine[: len(images)], own), u, other, partner_labels)
 
-    def _one(self, images: Tensor, index: Tensor, epoch: int | Tensor) -> tuple[Tensor, Tensor]:
+    def partners_of(self, index: Tensor, epoch: int) -> Tensor:
+        """``(B,)`` positions of the mixing partners of some images in the training split, on their index's device."""
+        return counter_integers(self.seed, epoch, index, Stream.MIX_PARTNER, self.num_images)
+
+    def _numbers(self) -> dict[int, int]:
+        """How many numbers an image draws from each stream that is used; always in one order."""
+        args = self.args
+        moves = args.rotation_degrees or args.translate_fraction or args.scale_jitter or args.shear_degrees
+        recolors = args.brightness or args.contrast or args.saturation or args.hue
+        policy = self._POLICY_NUMBERS.get(args.auto_augment, 2 * args.randaugment_num_ops)
+        counts = {
+            Stream.GEOMETRY: 3 if args.random_crop_padding or args.horizontal_flip else 0,
+            Stream.AFFINE: 5 if moves else 0,
+            Stream.COLOR_JITTER: 8 if recolors else 0,
+            Stream.POLICY: 0 if args.auto_augment == "none" else policy,
+            Stream.CUTOUT: 2 if args.cutout_size else 0,
+            Stream.ERASING: 3 + 2 * augment.ERASING_TRIES if args.random_erasing else 0,
+        }
+        return {stream: count for stream, count in counts.items() if count}
+
+    def _augmented(self, images: Tensor, index: Tensor, epoch: int | Tensor) -> tuple[Tensor, Tensor]:
         args, (height, width) = self.args, images.shape[-2:]
-        draw = functools.partial(counter_uniforms, self.seed, epoch, index)
-        affine = augment.identity_affine(len(images), images.device)
-        if args.random_crop_padding or args.horizontal_flip:
-            u = draw(Stream.GEOMETRY, 3)
-            offsets = (u[:, :2] * (2 * args.random_crop_padding + 1)).long()
-            flip = u[:, 2] < args.horizontal_flip
-            images, affine = augment.crop_flip(images, offsets[:, 0], offsets[:, 1], flip, args.random_crop_padding)
-        if args.rotation_degrees or args.translate_fraction or args.scale_jitter or args.shear_degrees:
-            moved = self._affine(draw(Stream.AFFINE, 5), height, width)
+        affine, counts = augment.identity_affine(len(images), images.device), self._numbers()
+        if not counts:
+            return images, affine
+        drawn = stream_uniforms(self.seed, epoch, index, counts)
+        if (u := drawn.get(Stream.GEOMETRY)) is not None:
+            corner = (u[:, :2] * (2 * args.random_crop_padding + 1)).long()
+            images, affine = augment.crop_flip(images, corner, u[:, 2] < args.horizontal_flip, args.random_crop_padding)
+        if (u := drawn.get(Stream.AFFINE)) is not None:
+            moved = self._affine(u, height, width)
             images, affine = warp(images, moved, args.interpolation), compose_affines(affine, moved)
-        if any(amounts := (args.brightness, args.contrast, args.saturation, args.hue)):
-            order, parameters = color.jitter_draws(draw(Stream.COLOR_JITTER, 8), amounts)
-            images = color.color_jitter(images, order, parameters, amounts)
-        if args.auto_augment != "none":
-            drawn = self._policy(draw, height, width)
-            images, moved = policies.apply_operations(images, *drawn, args.interpolation)
+        if (u := drawn.get(Stream.COLOR_JITTER)) is not None:
+            amounts = (args.brightness, args.contrast, args.saturation, args.hue)
+            images = color.color_jitter(images, *color.jitter_draws(u, amounts), amounts)
+        if (u := drawn.get(Stream.POLICY)) is not None:
+            images, moved = policies.apply_operations(images, *self._policy(u, height, width), args.interpolation)
             affine = compose_affines(affine, moved)
-        if args.cutout_size:
-            u = draw(Stream.CUTOUT, 2)
-            y, x = (u[:, 0] * height).long(), (u[:, 1] * width).long()
-            images = augment.cutout(as_float(images), y, x, args.cutout_size, constant(self.fill, images.device))
-        if args.random_erasing:
-            u = draw(Stream.ERASING, 3 + 2 * augment.ERASING_TRIES)
-            top, left, tall, wide = augment.erasing_rectangles(u[:, 1:], height, width)
-            tall = torch.where(u[:, 0] < args.random_erasing, tall, 0)
-            images = augment.erase(as_float(images), top, left, tall, wide, constant(self.fill, images.device))
+        if (u := drawn.get(Stream.CUTOUT)) is not None:
+            center = (u * constant((height, width), u.device)).long()
+            images = augment.cutout(as_float(images), center, args.cutout_size, constant(self.fill, images.device))
+        if (u := drawn.get(Stream.ERASING)) is not None:
+            corner, sides = augment.erasing_rectangles(u[:, 1:], height, width)
+            sides = sides * (u[:, :1] < args.random_erasing)
+            images = augment.erase(as_float(images), corner, sides, constant(self.fill, images.device))
         return images, affine
 
     def _affine(self, u: Tensor, height: int, width: int) -> Tensor:
@@ -159,23 +195,21 @@ class Augmenter:
             slope=torch.stack((slope, torch.zeros_like(slope)), dim=1),
         )
 
-    def _policy(self, draw: Callable[[int, int], Tensor], height: int, width: int) -> tuple[Tensor, Tensor]:
+    def _policy(self, u: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Operations ``(B, n)`` of each image, and their magnitudes."""
         args, size = self.args, (height, width)
         match args.auto_augment:
             case "randaugment":
-                u = draw(Stream.POLICY, 2 * args.randaugment_num_ops).unflatten(1, (-1, 2))
-                return policies.randaugment(u, args.randaugment_magnitude, size)
+                return policies.randaugment(u.unflatten(1, (-1, 2)), args.randaugment_magnitude, size)
             case "trivialaugment_wide":
-                return policies.trivialaugment_wide(draw(Stream.POLICY, 3), size)
+                return policies.trivialaugment_wide(u, size)
             case "autoaugment_cifar10":
-                return policies.autoaugment_cifar10(draw(Stream.POLICY, 5), size)
+                return policies.autoaugment_cifar10(u, size)
         raise ValueError(f"auto_augment {args.auto_augment!r} is none of the policies")
 
-    def _mix(self, views: Views, index: Tensor, epoch: int | Tensor, other: Tensor, labels: Tensor) -> Views:
-        """The views mixed with augmented images ``other`` and their labels."""
+    def _mix(self, views: Views, u: Tensor, other: Tensor, labels: Tensor) -> Views:
+        """The views mixed, as five uniform numbers say, with augmented images ``other`` and their labels."""
         args, (height, width) = self.args, views.seen.shape[-2:]
-        u = counter_uniforms(self.seed, epoch, index, Stream.MIX, 5)
         both = args.mixup_alpha > 0 and args.cutmix_alpha > 0
         cuts = u[:, 1] < (args.mix_switch_probability if both else float(args.cutmix_alpha > 0))
         share = torch.ones_like(u[:, 0])
@@ -184,14 +218,14 @@ class Augmenter:
             share = augment.beta_from_uniform(u[:, 2], args.mixup_alpha)
             weight = share[:, None, None, None].expand(-1, 1, height, width)
         if args.cutmix_alpha > 0:
-            y, x = (u[:, 3] * height).long(), (u[:, 4] * width).long()
+            center = (u[:, 3:] * constant((height, width), u.device)).long()
             lam = augment.beta_from_uniform(u[:, 2], args.cutmix_alpha)
-            box_weight, box_share = augment.cutmix_weight(lam, y, x, height, width)
+            box_weight, box_share = augment.cutmix_weight(lam, center, height, width)
             weight = torch.where(cuts[:, None, None, None], box_weight, weight)
             share = torch.where(cuts, box_share, share)
-        mixed = u[:, 0] < args.mix_probability
-        weight = torch.where(mixed[:, None, None, None], weight, 1.0)
-        views.own_share = torch.where(mixed, share, 1.0)
+        mixed, whole = u[:, 0] < args.mix_probability, constant(1.0, u.device)
+        weight = torch.where(mixed[:, None, None, None], weight, whole)
+        views.own_share = torch.where(mixed, share, whole)
         views.seen = augment.mix(as_float(views.seen), as_float(other), weight)
         views.partner_labels = labels
         return views

@@ -9,7 +9,7 @@ import hf_ihb.views
 from hf_ihb.arguments import AugmentationArguments
 from hf_ihb.functional import augment as ops
 from hf_ihb.functional import color, geometry, policies
-from hf_ihb.functional.random import counter_uniforms
+from hf_ihb.functional.random import counter_uniforms, stream_words, uniforms
 from hf_ihb.views import Augmenter, Stream, Views, as_float, class_targets
 
 FILL = (0.1, 0.2, 0.3)
@@ -164,12 +164,18 @@ def drawn_numbers(monkeypatch, split, args):
     """What each stream gave for the first batch of an epoch, by stream and images."""
     drawn = {}
 
-    def recorded(seed, epoch, index, stream, count):
-        drawn[stream, tuple(index.tolist())] = counter_uniforms(seed, epoch, index, stream, count)
-        return drawn[stream, tuple(index.tolist())]
+    def recorded(seed, epoch, index, counts):
+        words = stream_words(seed, epoch, index, counts)
+        for stream, numbers in words.items():
+            drawn.update({(stream, image): row for image, row in zip(index.tolist(), numbers, strict=True)})
+        return words
+
+    def as_uniforms(*given):
+        return {stream: uniforms(words) for stream, words in recorded(*given).items()}
 
     with monkeypatch.context() as patch:
-        patch.setattr(hf_ihb.views, "counter_uniforms", recorded)
+        patch.setattr(hf_ihb.views, "stream_words", recorded)
+        patch.setattr(hf_ihb.views, "stream_uniforms", as_uniforms)
         augment(split, args, torch.arange(16), epoch=2)
     return drawn
 
@@ -200,7 +206,7 @@ def test_operations_come_in_the_order_of_the_published_pipeline(generator, chann
 
     u = draw(Stream.GEOMETRY, 3)
     place = (u[:, :2] * 5).long()
-    expected, first = ops.crop_flip(images, place[:, 0], place[:, 1], u[:, 2] < 0.5, 2)
+    expected, first = ops.crop_flip(images, place, u[:, 2] < 0.5, 2)
     u = 2 * draw(Stream.AFFINE, 5) - 1
     slope = torch.stack((torch.tan(torch.deg2rad(15 * u[:, 4])), torch.zeros(40)), dim=1)
     then = geometry.affine_matrix(
@@ -212,7 +218,7 @@ def test_operations_come_in_the_order_of_the_published_pipeline(generator, chann
     operations = policies.randaugment(draw(Stream.POLICY, 4).unflatten(1, (2, 2)), 9, (8, 8))
     expected, last = policies.apply_operations(expected, *operations, "nearest")
     u = draw(Stream.CUTOUT, 2)
-    expected = ops.cutout(as_float(expected), (u[:, 0] * 8).long(), (u[:, 1] * 8).long(), 3, fill)
+    expected = ops.cutout(as_float(expected), (u * 8).long(), 3, fill)
     u = draw(Stream.ERASING, 23)
     erased = ops.erase(expected, *ops.erasing_rectangles(u[:, 1:], 8, 8), fill)
     expected = torch.where((u[:, 0] < 0.7)[:, None, None, None], erased, expected)
@@ -232,7 +238,8 @@ def test_the_composed_affine_leads_from_the_last_view_to_the_stored_image(policy
     keys = {"random_crop_padding": 4, "horizontal_flip": 0.5, "rotation_degrees": 15.0, "translate_fraction": 0.1}
     args = AugmentationArguments(**keys, scale_jitter=0.2, shear_degrees=10.0, auto_augment=policy)
     augmenter = Augmenter(args, 0, (0.0,) * 3, None, 96)
-    operations, _ = augmenter._policy(lambda s, c: counter_uniforms(0, 0, torch.arange(96), s, c), 40, 40)
+    count = augmenter._numbers()[Stream.POLICY]
+    operations, _ = augmenter._policy(counter_uniforms(0, 0, torch.arange(96), Stream.POLICY, count), 40, 40)
     only_moved = (operations <= policies.Operation.ROTATE).all(dim=1)
     assert only_moved.sum() >= 8
     views = augmenter(images, torch.arange(96), 0)

@@ -13,92 +13,79 @@ import torch.nn.functional as F
 from scipy.special import betaincinv
 from torch import Tensor
 
-from hf_ihb.functional.constants import table
+from hf_ihb.functional.constants import constant, table
 
 
 def identity_affine(batch_size: int, device: torch.device | None = None) -> Tensor:
     """``(B, 2, 3)`` affine of an image that was not moved."""
-    return torch.eye(2, 3, device=device).expand(batch_size, 2, 3)
+    affine = constant(((1, 0, 0), (0, 1, 0)), torch.device("cpu") if device is None else device)
+    return affine.expand(batch_size, 2, 3)
 
 
-def crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, padding: int) -> tuple[Tensor, Tensor]:
+def crop_flip(images: Tensor, corner: Tensor, flip: Tensor, padding: int) -> tuple[Tensor, Tensor]:
     """Pads with zeros, crops back to the original size, then mirrors horizontally where asked.
 
     Args:
         images: ``(B, C, H, W)``, any dtype.
-        top: ``(B,)`` int64 first row of the crop in the padded image, in [0, 2 * padding].
-        left: ``(B,)`` int64 first column, in [0, 2 * padding].
+        corner: ``(B, 2)`` int64 first row and column of the crop in the padded image, in [0, 2 * padding].
         flip: ``(B,)`` bool.
         padding: Pixels added on each side, >= 0.
 
     Returns:
         The views ``(B, C, H, W)`` in the dtype of `images`, and their affine ``(B, 2, 3)``.
     """
-    batch, _, height, width = images.shape
+    height, width = images.shape[-2:]
     padded = F.pad(images, (padding,) * 4)
-    rows = torch.arange(height, device=images.device) + top[:, None]  # (B, H)
-    columns = torch.arange(width, device=images.device).expand(batch, width)
-    columns = torch.where(flip[:, None], width - 1 - columns, columns) + left[:, None]  # (B, W)
-    flat = (rows[:, :, None] * (width + 2 * padding) + columns[:, None, :]).flatten(1)
+    rows = (torch.arange(height, device=images.device) + corner[:, :1]) * (width + 2 * padding)  # (B, H)
+    columns = torch.arange(width, device=images.device)
+    columns = torch.where(flip[:, None], width - 1 - columns, columns) + corner[:, 1:]  # (B, W)
+    flat = (rows[:, :, None] + columns[:, None, :]).flatten(1)
     views = padded.flatten(2).gather(2, flat[:, None].expand(-1, images.shape[1], -1)).view_as(images)
-    affine = torch.zeros(batch, 2, 3, device=images.device)
-    affine[:, 0, 0] = torch.where(flip, -1.0, 1.0)
-    affine[:, 0, 2] = (left - padding) * (2 / width)
-    affine[:, 1, 1] = 1.0
-    affine[:, 1, 2] = (top - padding) * (2 / height)
-    return views, affine
+    mirrored, plain = constant((((-1, 0), (0, 1)), ((1, 0), (0, 1))), images.device)
+    scale = torch.where(flip[:, None, None], mirrored, plain)
+    shift = (corner.flip(1) - padding) * constant((2 / width, 2 / height), images.device)
+    return views, torch.cat((scale, shift[:, :, None]), dim=2)
 
 
-def rectangle_mask(
-    top: Tensor, left: Tensor, tall: Tensor | int, wide: Tensor | int, height: int, width: int
-) -> Tensor:
+def rectangle_mask(corner: Tensor, sides: Tensor | int, height: int, width: int) -> Tensor:
     """Rectangles, clipped at the border.
 
     Args:
-        top: ``(B,)`` int64 first row.
-        left: ``(B,)`` int64 first column.
-        tall: ``(B,)`` int64 number of rows, or one for all.
-        wide: ``(B,)`` int64 number of columns, or one for all.
+        corner: ``(B, 2)`` int64 first row and column.
+        sides: ``(B, 2)`` int64 number of rows and columns, or one for all.
         height: Image rows.
         width: Image columns.
 
     Returns:
         ``(B, 1, H, W)`` bool, true inside the rectangle.
     """
-    rows = torch.arange(height, device=top.device)
-    columns = torch.arange(width, device=top.device)
-    in_rows = (rows >= top[:, None]) & (rows < (top + tall)[:, None])
-    in_columns = (columns >= left[:, None]) & (columns < (left + wide)[:, None])
-    return (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
+    place = torch.arange(max(height, width), device=corner.device)
+    inside = (place >= corner[..., None]) & (place < (corner + sides)[..., None])  # (B, 2, longer side)
+    return (inside[:, 0, :height, None] & inside[:, 1, None, :width])[:, None]
 
 
-def box_mask(
-    center_y: Tensor, center_x: Tensor, box_height: Tensor | int, box_width: Tensor | int, height: int, width: int
-) -> Tensor:
+def box_mask(center: Tensor, sides: Tensor | int, height: int, width: int) -> Tensor:
     """Boxes around integer centres, clipped at the border.
 
     Args:
-        center_y: ``(B,)`` int64 row of the centre; the box covers rows ``[y - h // 2, y + h // 2)``.
-        center_x: ``(B,)`` int64 column of the centre.
-        box_height: ``(B,)`` int64, or one for all.
-        box_width: ``(B,)`` int64, or one for all.
+        center: ``(B, 2)`` int64 row and column of the centre; the box covers rows ``[y - h // 2, y + h // 2)``.
+        sides: ``(B, 2)`` int64 number of rows and columns, or one for all.
         height: Image rows.
         width: Image columns.
 
     Returns:
         ``(B, 1, H, W)`` bool, true inside the box.
     """
-    half_y, half_x = box_height // 2, box_width // 2
-    return rectangle_mask(center_y - half_y, center_x - half_x, 2 * half_y, 2 * half_x, height, width)
+    half = sides // 2
+    return rectangle_mask(center - half, 2 * half, height, width)
 
 
-def cutout(images: Tensor, center_y: Tensor, center_x: Tensor, size: int, fill: Tensor) -> Tensor:
+def cutout(images: Tensor, center: Tensor, size: int, fill: Tensor) -> Tensor:
     """Covers one square per image.
 
     Args:
         images: ``(B, C, H, W)`` float.
-        center_y: ``(B,)`` int64 row of the centre, in [0, H).
-        center_x: ``(B,)`` int64 column of the centre, in [0, W).
+        center: ``(B, 2)`` int64 row and column of the centre, in [0, H) and [0, W).
         size: Side of the square in pixels, clipped at the border.
         fill: ``(C,)`` colour of the square.
 
@@ -108,7 +95,7 @@ def cutout(images: Tensor, center_y: Tensor, center_x: Tensor, size: int, fill: 
     References:
         DeVries and Taylor, 2017, https://arxiv.org/abs/1708.04552
     """
-    covered = box_mask(center_y, center_x, size, size, *images.shape[-2:])
+    covered = box_mask(center, size, *images.shape[-2:])
     return torch.where(covered, fill.to(images)[:, None, None], images)
 
 
@@ -121,7 +108,7 @@ def erasing_rectangles(
     width: int,
     area: tuple[float, float] = (0.02, 0.33),
     ratio: tuple[float, float] = (0.3, 3.3),
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Draws a rectangle that lies inside the image: the first of `ERASING_TRIES` shapes that fits, at a uniform place.
 
     All tries are drawn at once, which gives the distribution of torchvision's rejection loop without looping; forcing a
@@ -135,7 +122,7 @@ def erasing_rectangles(
         ratio: Smallest and largest quotient of rows and columns, drawn log-uniformly.
 
     Returns:
-        First row, first column, rows and columns, ``(B,)`` int64 each; no rows and columns if no shape fits.
+        First row and column ``(B, 2)`` int64, and number of rows and columns ``(B, 2)``; 0 if no shape fits.
 
     References:
         Zhong et al., 2017, https://arxiv.org/abs/1708.04896
@@ -143,21 +130,21 @@ def erasing_rectangles(
     low, high = (math.log(bound) for bound in ratio)
     pixels = height * width * (area[0] + (area[1] - area[0]) * uniforms[:, 2 : 2 + ERASING_TRIES])
     quotient = (low + (high - low) * uniforms[:, 2 + ERASING_TRIES :]).exp()
-    tall, wide = (pixels * quotient).sqrt().round().long(), (pixels / quotient).sqrt().round().long()
-    fits = (tall < height) & (wide < width)
-    first = fits.int().argmax(dim=1, keepdim=True)
-    tall, wide = (torch.where(fits, side, 0).gather(1, first)[:, 0] for side in (tall, wide))
-    top, left = uniforms[:, 0] * (height - tall + 1), uniforms[:, 1] * (width - wide + 1)
-    return top.long(), left.long(), tall, wide
+    sides = torch.stack((pixels * quotient, pixels / quotient), dim=1).sqrt().round().long()  # (B, 2, tries)
+    image = constant((height, width), uniforms.device, torch.int64)
+    fits = (sides < image[:, None]).all(dim=1, keepdim=True)
+    first = fits.int().argmax(dim=2, keepdim=True).expand(-1, 2, -1)
+    sides = (sides * fits).gather(2, first)[:, :, 0]
+    return (uniforms[:, :2] * (image - sides + 1)).long(), sides
 
 
-def erase(images: Tensor, top: Tensor, left: Tensor, tall: Tensor, wide: Tensor, fill: Tensor) -> Tensor:
+def erase(images: Tensor, corner: Tensor, sides: Tensor, fill: Tensor) -> Tensor:
     """Covers one rectangle per image; arguments as from `erasing_rectangles` and in `cutout`.
 
     Returns:
         ``(B, C, H, W)``.
     """
-    covered = rectangle_mask(top, left, tall, wide, *images.shape[-2:])
+    covered = rectangle_mask(corner, sides, *images.shape[-2:])
     return torch.where(covered, fill.to(images)[:, None, None], images)
 
 
@@ -184,13 +171,12 @@ def beta_from_uniform(uniform: Tensor, alpha: float, resolution: int = 1 << 16) 
     return table[(uniform * resolution).long().clamp(max=resolution - 1)]
 
 
-def cutmix_weight(lam: Tensor, center_y: Tensor, center_x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+def cutmix_weight(lam: Tensor, center: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Share of the own image at each pixel under CutMix.
 
     Args:
         lam: ``(B,)`` nominal share of the own image, in [0, 1].
-        center_y: ``(B,)`` int64 row of the pasted box's centre.
-        center_x: ``(B,)`` int64 column of the pasted box's centre.
+        center: ``(B, 2)`` int64 row and column of the pasted box's centre.
         height: Image rows.
         width: Image columns.
 
@@ -200,8 +186,8 @@ def cutmix_weight(lam: Tensor, center_y: Tensor, center_x: Tensor, height: int, 
     References:
         Yun et al., 2019, https://arxiv.org/abs/1905.04899
     """
-    side = (1 - lam).sqrt()
-    pasted = box_mask(center_y, center_x, (height * side).long(), (width * side).long(), height, width)
+    sides = (1 - lam).sqrt()[:, None] * constant((height, width), lam.device)
+    pasted = box_mask(center, sides.long(), height, width)
     weight = 1 - pasted.float()
     return weight, weight.mean(dim=(1, 2, 3))
 

@@ -6,7 +6,9 @@ PIL. Where torchvision calculates in float32 it may fuse a product into a sum, w
 falls on a grey level's edge the results differ by one level.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +16,22 @@ from torch import Tensor
 
 from hf_ihb.functional.constants import constant
 
+_fixed = ContextVar("fixed_shapes", default=False)
 
-def _may_group(images: Tensor) -> bool:
+
+@contextlib.contextmanager
+def fixed_shapes() -> Iterator[None]:
+    """Inside, what runs is what a compiled graph holds, on a CPU too."""
+    before = _fixed.set(True)
+    try:
+        yield
+    finally:
+        _fixed.reset(before)
+
+
+def may_group(images: Tensor) -> bool:
     """Whether sizes of groups are known without a wait for the device, and shapes may depend on them."""
-    return images.device.type == "cpu" and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and images.device.type == "cpu" and not _fixed.get()
 
 
 def apply_by_choice(
@@ -38,7 +52,7 @@ def apply_by_choice(
     Returns:
         ``(B, ...)``.
     """
-    if not _may_group(images):
+    if not may_group(images):
         rows, result = torch.arange(len(images), device=images.device), images
         for drawn in candidates:
             mine = (choice == drawn).view(-1, *[1] * (images.ndim - 1))
@@ -55,11 +69,12 @@ def _per_image(values: Tensor) -> Tensor:
     return values[:, None, None, None]
 
 
-def _as_levels(values: Tensor) -> Tensor:
+def as_levels(values: Tensor) -> Tensor:
+    """Float values, which are overwritten -> uint8: cut to the range, fractions cut off."""
     return values.clamp_(0, 255).to(torch.int16).to(torch.uint8)  # four times faster than at once
 
 
-def _gray(images: Tensor) -> Tensor:
+def gray(images: Tensor) -> Tensor:
     """``(B, 1, H, W)`` float32 whole grey levels (ITU-R 601 luma, fractions cut off)."""
     if images.shape[1] == 1:
         return images.float()
@@ -69,7 +84,7 @@ def _gray(images: Tensor) -> Tensor:
 
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
     factor = _per_image(factor)
-    return _as_levels((images * factor).add_(other * (1 - factor)))
+    return as_levels((images * factor).add_(other * (1 - factor)))
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
@@ -82,18 +97,18 @@ def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
     Returns:
         ``(B, C, H, W)`` uint8, as from all operations here.
     """
-    return _as_levels(images * _per_image(factor))
+    return as_levels(images * _per_image(factor))
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Blends with the image's mean grey; arguments as in `adjust_brightness`."""
     # grey levels are whole numbers: up to 2^16 pixels their float32 sum is exact in any order
-    return _blend(images, _gray(images).mean(dim=(1, 2, 3), keepdim=True), factor)
+    return _blend(images, gray(images).mean(dim=(1, 2, 3), keepdim=True), factor)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
     """Blends with the grey image; one channel stays as it is. Arguments as in `adjust_brightness`."""
-    return images if images.shape[1] == 1 else _blend(images, _gray(images), factor)
+    return images if images.shape[1] == 1 else _blend(images, gray(images), factor)
 
 
 def adjust_hue(images: Tensor, turns: Tensor) -> Tensor:
@@ -119,7 +134,7 @@ def adjust_hue(images: Tensor, turns: Tensor) -> Tensor:
     center, sign, offset = constant(((3, 2, 4), (1, -1, -1), (-1, 2, 2)), images.device)[..., None, None]
     share = (hue[:, None] - center).abs_().mul_(sign).add_(offset).clamp_(0, 1)
     # the factor is torchvision's way of not cutting a level off where rounding made 0.99... of a whole number
-    return _as_levels(share.mul_(chroma[:, None]).add_(low[:, None]).mul_(255.999 / 255))
+    return as_levels(share.mul_(chroma[:, None]).add_(low[:, None]).mul_(255.999 / 255))
 
 
 def adjust_sharpness(images: Tensor, factor: Tensor) -> Tensor:
@@ -133,7 +148,7 @@ def adjust_sharpness(images: Tensor, factor: Tensor) -> Tensor:
     inner = levels[..., width + 1 : -width - 1]
     weighted = row[..., : -2 * width] + row[..., width:-width] + row[..., 2 * width :] + 4 * inner
     blurred = (weighted * (1 / 13)).round_()  # thirteenths are never halves: rounding them is safe
-    sharpened = _as_levels(inner + (blurred - inner) * (1 - factor)[:, None, None])  # flat places stay exactly flat
+    sharpened = as_levels(inner + (blurred - inner) * (1 - factor)[:, None, None])  # flat places stay exactly flat
     result = images.clone()
     result[..., 1:-1, 1:-1] = F.pad(sharpened, (0, 2)).unflatten(2, (-1, width))[..., :-2]
     return result
@@ -162,15 +177,19 @@ def solarize(images: Tensor, threshold: Tensor) -> Tensor:
 
 def autocontrast(images: Tensor) -> Tensor:
     """Stretches each channel to the whole range; a channel of one level stays as it is."""
-    low, high = (bound.float() for bound in (images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)))
-    flat = low == high
-    step = torch.where(flat, 1, (high - low) * (1 / 255))
-    return _as_levels((images - torch.where(flat, 0, low)).div_(step))
+    return stretched(images, images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True))
+
+
+def stretched(levels: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Levels ``(B, C, ...)`` from bounds ``(B, C, 1, 1)`` to the whole range; between equal ones as they are."""
+    low, flat = low.float(), low == high
+    step = (high - low) * (1 / 255) + flat  # 1 between equals
+    return as_levels((levels - low * ~flat).div_(step))
 
 
 def _level_counts(levels: Tensor) -> Tensor:
     """``(N, pixels)`` uint8 -> ``(N, 256)`` int32, how often each row has each level."""
-    if _may_group(levels):  # elsewhere it would wait to learn how many bins there are
+    if may_group(levels):  # elsewhere it would wait to learn how many bins there are
         row = torch.arange(len(levels), dtype=torch.int32)[:, None]
         return torch.bincount((levels + 256 * row).flatten(), minlength=256 * len(levels)).view(-1, 256).int()
     counts = torch.zeros(len(levels), 256, dtype=torch.int32, device=levels.device)
@@ -179,15 +198,19 @@ def _level_counts(levels: Tensor) -> Tensor:
 
 def equalize(images: Tensor) -> Tensor:
     """Gives each channel levels that are used about equally often, by PIL's integer rule."""
-    batch, channels, height, width = images.shape
-    levels = images.reshape(batch * channels, height * width)
+    return equal_levels(images).gather(2, images.flatten(2).long()).view_as(images)
+
+
+def equal_levels(images: Tensor) -> Tensor:
+    """``(B, C, 256)`` uint8, what `equalize` makes of each level."""
+    levels = images.reshape(-1, images.shape[-2] * images.shape[-1])
     counts = _level_counts(levels)
     darker = counts.cumsum(1, dtype=torch.int32) - counts
-    levels = levels.long()
-    step = darker.gather(1, levels.amax(1, keepdim=True)) // 255  # of the brightest level: all pixels that are not it
+    # of the brightest level: all pixels that are not it
+    step = darker.gather(1, levels.amax(1, keepdim=True).long()) // 255
     table = ((darker + step // 2) // step.clamp_min(1)).clamp_(max=255)
     table = torch.where(step > 0, table, torch.arange(256, device=images.device)).to(torch.uint8)
-    return table.gather(1, levels).view_as(images)
+    return table.view(*images.shape[:2], 256)
 
 
 def invert(images: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_ihb.functional.constants import constant
+from hf_ihb.functional.constants import constant, table
 
 Interpolation = Literal["nearest", "bilinear"]
 
@@ -71,6 +71,12 @@ def compose_affines(first: Tensor, then: Tensor) -> Tensor:
     return torch.cat((composed[:, :, :2], composed[:, :, 2:] + shift), dim=2)
 
 
+@table
+def pixel_centers(count: int, device: torch.device) -> Tensor:
+    """``(count,)`` float32 coordinates in [-1, 1] of the pixels along one side of an image."""
+    return (2 * torch.arange(count, device=device) + 1) / count - 1
+
+
 def warp(images: Tensor, affine: Tensor, interpolation: Interpolation, fill: int = 0) -> Tensor:
     """Resamples each image where its affine looks.
 
@@ -83,7 +89,7 @@ def warp(images: Tensor, affine: Tensor, interpolation: Interpolation, fill: int
     Returns:
         ``(B, C, H, W)`` uint8, rounded.
     """
-    x, y = ((2 * torch.arange(n, device=images.device) + 1) / n - 1 for n in reversed(images.shape[-2:]))
+    y, x = (pixel_centers(n, images.device) for n in images.shape[-2:])
     across = x[:, None] * affine[:, None, :, 0]  # (B, W, 2)
     down = y[:, None] * affine[:, None, :, 1] + affine[:, None, :, 2]  # (B, H, 2)
     grid = across[:, None] + down[:, :, None]  # (B, H, W, 2)

@@ -14,6 +14,7 @@ from hf_ihb.functional import color
 from hf_ihb.functional.augment import identity_affine
 from hf_ihb.functional.constants import constant, table
 from hf_ihb.functional.geometry import Interpolation, affine_matrix, compose_affines, warp
+from hf_ihb.functional.recolor import recolor
 
 
 class Operation(IntEnum):
@@ -46,6 +47,7 @@ _IDENTITY, _ROTATE, _LAST_SIGNED = map(int, (Operation.IDENTITY, Operation.ROTAT
 _LAST_GEOMETRIC = _ROTATE
 # all that move are one warp
 _KINDS = (_IDENTITY, *(int(operation) for operation in Operation if operation >= _LAST_GEOMETRIC))
+_COLORS = {o.name.lower().replace("_", ""): int(o) for o in Operation if o > _LAST_GEOMETRIC}
 RANDAUGMENT_BINS = 31
 _AUTOAUGMENT_BINS = 10
 
@@ -187,16 +189,16 @@ def operation_affine(operation: Tensor, magnitude: Tensor, size: tuple[int, int]
 
     def pair(along_x: Operation, along_y: Operation) -> Tensor:
         drawn = torch.stack((operation == int(along_x), operation == int(along_y)), dim=1)
-        return torch.where(drawn, magnitude[:, None], 0)
+        return magnitude[:, None] * drawn
 
     slope = pair(Operation.SHEAR_X, Operation.SHEAR_Y)
     corner = constant((-size[1] / 2, -size[0] / 2), magnitude.device)
     return affine_matrix(
         size,
-        degrees=torch.where(operation == _ROTATE, -magnitude, 0),
+        degrees=-magnitude * (operation == _ROTATE),
         translate=pair(Operation.TRANSLATE_X, Operation.TRANSLATE_Y).trunc(),
         slope=slope,
-        center=torch.where((slope != 0).any(dim=1, keepdim=True), corner, 0),  # a shear leaves the upper left in place
+        center=corner * (slope != 0).any(dim=1, keepdim=True),  # a shear leaves the upper left in place
     )
 
 
@@ -231,6 +233,11 @@ def apply_operation(
     """Applies one operation to each image; `apply_operations` for n = 1, with ``(B,)`` operations and magnitudes."""
     affine = operation_affine(operation, magnitude, tuple(images.shape[-2:]))
     geometric = (operation > _IDENTITY) & (operation <= _LAST_GEOMETRIC)
+    if not color.may_group(images):
+        which = operation[:, None] == constant(tuple(_COLORS.values()), operation.device, torch.int64)
+        drawn = dict(zip(_COLORS, which.view(-1, len(_COLORS), 1, 1, 1).unbind(1), strict=True))
+        moved = warp(images, affine, interpolation)
+        return torch.where(geometric[:, None, None, None], moved, recolor(images, drawn, magnitude)), affine
 
     def apply(drawn: int, part: Tensor, rows: Tensor) -> Tensor:
         if drawn == _LAST_GEOMETRIC:

@@ -23,6 +23,7 @@ from hf_ihb.arguments import AugmentationArguments, SupervisedTrainingArguments
 from hf_ihb.checkpoint import load_module, newest_checkpoint, save_module
 from hf_ihb.data import ImageSplit, collate_images, placement
 from hf_ihb.errors import CheckpointError, DataError, NumericsError
+from hf_ihb.functional.color import fixed_shapes
 from hf_ihb.hub import ensure_repo
 from hf_ihb.losses import task_loss
 from hf_ihb.models.module import StudentModule, StudentOutput
@@ -627,7 +628,7 @@ def compiled(function: Callable, args: TrainingArguments) -> Callable:
     def call(*given: Any) -> Any:
         nonlocal ran
         if not ran:
-            with torch.no_grad():
+            with torch.no_grad(), fixed_shapes():
                 function(*given)
             ran = True
         return graph(*given)

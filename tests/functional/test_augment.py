@@ -46,7 +46,7 @@ def brute_box(y, x, box_height, box_width, height, width):
 def test_crop_flip_equals_torchvision_for_each_sample(generator, dtype, height, width, padding):
     images = torch.randint(1, 256, (24, 3, height, width), generator=generator).to(dtype)
     top, left, flip = crop_parameters(generator, 24, padding)
-    views, _ = crop_flip(images, top, left, flip, padding)
+    views, _ = crop_flip(images, torch.stack((top, left), dim=1), flip, padding)
     assert views.dtype == dtype
     for image, view, t, l, mirrored in zip(images, views, top.tolist(), left.tolist(), flip.tolist(), strict=True):  # noqa: E741
         expected = tv.crop(tv.pad(image, [padding] * 4), t, l, height, width)
@@ -56,7 +56,8 @@ def test_crop_flip_equals_torchvision_for_each_sample(generator, dtype, height, 
 @pytest.mark.parametrize(("height", "width", "padding"), [(8, 8, 2), (32, 32, 4), (6, 10, 3)])
 def test_the_affine_of_crop_flip_resamples_the_same_view(generator, height, width, padding):
     images = torch.rand(32, 3, height, width, generator=generator, dtype=torch.float64)
-    views, affine = crop_flip(images, *crop_parameters(generator, 32, padding), padding)
+    top, left, flip = crop_parameters(generator, 32, padding)
+    views, affine = crop_flip(images, torch.stack((top, left), dim=1), flip, padding)
     grid = F.affine_grid(affine.double(), images.shape, align_corners=False)
     sampled = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     torch.testing.assert_close(sampled, views, rtol=0, atol=1e-5)
@@ -64,8 +65,7 @@ def test_the_affine_of_crop_flip_resamples_the_same_view(generator, height, widt
 
 def test_an_image_that_stays_where_it_is_has_the_identity_affine(generator):
     images = torch.rand(3, 1, 6, 6, generator=generator)
-    still = torch.full((3,), 2)
-    views, affine = crop_flip(images, still, still, torch.zeros(3, dtype=torch.bool), 2)
+    views, affine = crop_flip(images, torch.full((3, 2), 2), torch.zeros(3, dtype=torch.bool), 2)
     assert torch.equal(views, images)
     assert torch.equal(affine, identity_affine(3))
 
@@ -75,7 +75,7 @@ def test_box_mask_equals_loops_over_pixels(generator, height, width):
     batch = 40
     y, x = (torch.randint(n, (batch,), generator=generator) for n in (height, width))
     tall, wide = (torch.randint(n + 4, (batch,), generator=generator) for n in (height, width))
-    masks = box_mask(y, x, tall, wide, height, width)
+    masks = box_mask(torch.stack((y, x), dim=1), torch.stack((tall, wide), dim=1), height, width)
     assert masks.shape == (batch, 1, height, width)
     for mask, *box in zip(masks[:, 0], *(v.tolist() for v in (y, x, tall, wide)), strict=True):
         assert torch.equal(mask, brute_box(*box, height, width))
@@ -86,7 +86,7 @@ def test_cutout_replaces_exactly_the_clipped_square_by_the_fill(generator, size)
     images = torch.rand(20, 3, 8, 12, generator=generator)
     y, x = torch.randint(8, (20,), generator=generator), torch.randint(12, (20,), generator=generator)
     fill = torch.tensor([2.0, 3.0, 4.0])
-    result = cutout(images, y, x, size, fill)
+    result = cutout(images, torch.stack((y, x), dim=1), size, fill)
     for i in range(20):
         covered = brute_box(int(y[i]), int(x[i]), size, size, 8, 12)
         expected = images[i].clone()
@@ -95,7 +95,7 @@ def test_cutout_replaces_exactly_the_clipped_square_by_the_fill(generator, size)
 
 
 def test_an_even_cutout_inside_the_image_covers_its_side_squared():
-    covered = cutout(torch.zeros(1, 1, 9, 9), torch.tensor([4]), torch.tensor([4]), 4, torch.ones(1)).sum()
+    covered = cutout(torch.zeros(1, 1, 9, 9), torch.tensor([[4, 4]]), 4, torch.ones(1)).sum()
     assert covered == 16
 
 
@@ -103,7 +103,7 @@ def test_an_even_cutout_inside_the_image_covers_its_side_squared():
 def test_rectangle_mask_equals_slicing(generator, height, width):
     top, left = (torch.randint(-3, n + 3, (40,), generator=generator) for n in (height, width))
     tall, wide = (torch.randint(n + 4, (40,), generator=generator) for n in (height, width))
-    masks = rectangle_mask(top, left, tall, wide, height, width)
+    masks = rectangle_mask(torch.stack((top, left), dim=1), torch.stack((tall, wide), dim=1), height, width)
     for mask, t, l, h, w in zip(masks[:, 0], *(v.tolist() for v in (top, left, tall, wide)), strict=True):  # noqa: E741
         expected = torch.zeros(height, width, dtype=torch.bool)
         expected[max(t, 0) : max(t + h, 0), max(l, 0) : max(l + w, 0)] = True
@@ -124,7 +124,7 @@ def erasing_loop(u, height, width):
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (8, 8), (4, 40), (1, 9)])
 def test_tries_drawn_at_once_equal_a_loop_that_rejects(generator, height, width):
     u = torch.rand(400, 2 + 2 * ERASING_TRIES, generator=generator)
-    found = torch.stack(erasing_rectangles(u, height, width), dim=1).tolist()
+    found = torch.cat(erasing_rectangles(u, height, width), dim=1).tolist()
     expected = [erasing_loop(row, height, width) for row in u.tolist()]
     differing = sum(f[2:] != [0, 0] if e is None else f != list(e) for f, e in zip(found, expected, strict=True))
     assert differing <= 2  # sides that lie on a half to seven digits
@@ -134,7 +134,7 @@ def test_tries_drawn_at_once_equal_a_loop_that_rejects(generator, height, width)
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (12, 40)])
 def test_erased_rectangles_are_distributed_as_torchvisions(height, width):
     u = counter_uniforms(0, 0, torch.arange(3000), 7, 2 + 2 * ERASING_TRIES)
-    ours = torch.stack(erasing_rectangles(u, height, width), dim=1)
+    ours = torch.cat(erasing_rectangles(u, height, width), dim=1)
     transform, image = v2.RandomErasing(), torch.zeros(3, height, width)
     drawn = [transform.make_params([image]) for _ in range(3000)]
     theirs = torch.tensor([[d["i"], d["j"], d["h"], d["w"]] for d in drawn if d["v"] is not None])
@@ -149,7 +149,7 @@ def test_erasing_replaces_exactly_the_rectangle_by_the_fill(generator):
     rectangles = erasing_rectangles(torch.rand(30, 2 + 2 * ERASING_TRIES, generator=generator), 12, 16)
     found = erase(images, *rectangles, fill)
     for image, result, (top, left, tall, wide) in zip(
-        images, found, torch.stack(rectangles, dim=1).tolist(), strict=True
+        images, found, torch.cat(rectangles, dim=1).tolist(), strict=True
     ):
         assert torch.equal(result, tv.erase(image, top, left, tall, wide, fill[:, None, None]))
 
@@ -158,7 +158,7 @@ def test_cutmix_share_is_the_share_of_pixels_that_stay(generator):
     batch, height, width = 60, 9, 14
     lam = torch.rand(batch, generator=generator)
     y, x = torch.randint(height, (batch,), generator=generator), torch.randint(width, (batch,), generator=generator)
-    weight, share = cutmix_weight(lam, y, x, height, width)
+    weight, share = cutmix_weight(lam, torch.stack((y, x), dim=1), height, width)
     assert weight.shape == (batch, 1, height, width)
     for i in range(batch):
         side = math.sqrt(1 - lam[i].item())
@@ -169,8 +169,7 @@ def test_cutmix_share_is_the_share_of_pixels_that_stay(generator):
 
 @pytest.mark.parametrize(("lam", "share"), [(1.0, 1.0), (0.0, 0.0), (0.75, 0.75)])
 def test_an_unclipped_cutmix_box_has_its_nominal_share(lam, share):
-    middle = torch.tensor([8])
-    assert cutmix_weight(torch.tensor([lam]), middle, middle, 16, 16)[1].item() == share
+    assert cutmix_weight(torch.tensor([lam]), torch.tensor([[8, 8]]), 16, 16)[1].item() == share
 
 
 def test_beta_with_alpha_one_is_the_identity():

@@ -139,8 +139,8 @@ def test_two_views_in_a_row_are_one_view_by_the_composed_affine(generator):
     """Whole shifts and flips lose nothing but what the first one moves out of the image."""
     images = 1 + torch.rand(30, 3, 12, 16, generator=generator, dtype=torch.float64)
     draws, flips = torch.randint(5, (2, 2, 30), generator=generator), torch.rand(2, 30, generator=generator) < 0.5
-    view, first = crop_flip(images, *draws[0], flips[0], 2)
-    view, then = crop_flip(view, *draws[1], flips[1], 2)
+    view, first = crop_flip(images, draws[0].T, flips[0], 2)
+    view, then = crop_flip(view, draws[1].T, flips[1], 2)
     grid = F.affine_grid(compose_affines(first, then).double(), images.shape, align_corners=False)
     expected = F.grid_sample(images, grid, align_corners=False)
     kept = view != 0
@@ -159,7 +159,7 @@ def test_tokens_of_a_view_are_the_tokens_of_the_stored_image_moved_by_the_affine
 
     top, left = patch * torch.randint(3, (2, batch), generator=generator)
     flip = torch.rand(batch, generator=generator) < 0.5
-    views, affine = crop_flip(images, top, left, flip, patch)
+    views, affine = crop_flip(images, torch.stack((top, left), dim=1), flip, patch)
     operation = torch.randint(Operation.TRANSLATE_X, Operation.TRANSLATE_Y + 1, (batch, 2), generator=generator)
     shift = patch * torch.randint(-1, 2, (batch, 2), generator=generator).float()
     views, moved = apply_operations(views, operation, shift, "bilinear")

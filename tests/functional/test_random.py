@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from hf_ihb.functional.random import counter_integers, counter_uniforms, counter_words, philox
+from hf_ihb.functional.random import (
+    counter_integers,
+    counter_uniforms,
+    counter_words,
+    philox,
+    stream_uniforms,
+    stream_words,
+)
 
 MASK = 0xFFFFFFFF
 
@@ -103,3 +110,13 @@ def test_integers_are_uniform_below_high(high):
     bins = min(high, 100)
     counts = torch.bincount(values * bins // high, minlength=bins).double()
     assert ((counts / 70_000 - 1 / bins).abs() <= 5 * (1 / bins / 70_000) ** 0.5).all()
+
+
+@pytest.mark.parametrize("counts", [{0: 1}, {4: 8, 0: 3, 65535: 5}, {7: 23, 6: 4}])
+def test_streams_drawn_together_are_those_drawn_alone(counts):
+    index = torch.tensor([0, 5, 2**33])
+    together, numbers = stream_words(9, 3, index, counts), stream_uniforms(9, 3, index, counts)
+    assert list(together) == list(numbers) == list(counts)
+    for stream, count in counts.items():
+        assert torch.equal(together[stream], counter_words(9, 3, index, stream, count))
+        assert torch.equal(numbers[stream], counter_uniforms(9, 3, index, stream, count))

@@ -80,7 +80,8 @@ def test_bilinear_resampling_to_half_the_grid_is_two_by_two_pooling(generator):
 @pytest.mark.parametrize("teacher_grid", [8, 16, 32])
 def test_tokens_of_a_shifted_and_flipped_view_match_the_resampled_tokens(generator, teacher_grid):
     images, padding = torch.rand(48, 3, 32, 32, generator=generator) + 0.1, 8
-    views, affine = crop_flip(images, *crop_parameters(generator, 48, padding, step=4), padding)
+    top, left, flip = crop_parameters(generator, 48, padding, step=4)
+    views, affine = crop_flip(images, torch.stack((top, left), dim=1), flip, padding)
     student = as_tokens(F.avg_pool2d(views, 4))
     teacher = as_tokens(F.avg_pool2d(images, 32 // teacher_grid))
     moved, inside = resample_tokens(teacher, (teacher_grid, teacher_grid), affine, (8, 8))
@@ -118,7 +119,8 @@ def test_the_mask_is_true_where_the_centre_of_a_token_lies_inside_the_image(size
     offsets = torch.arange(2 * padding + 1)
     top, left, flip = (v.flatten() for v in torch.meshgrid(offsets, offsets, torch.arange(2), indexing="ij"))
     flip = flip.bool()
-    _, affine = crop_flip(torch.zeros(len(top), 1, size, size), top, left, flip, padding)
+    corner = torch.stack((top, left), dim=1)
+    _, affine = crop_flip(torch.zeros(len(top), 1, size, size), corner, flip, padding)
     grid = size // patch
     _, inside = resampling_matrix(affine, (grid, grid), (grid, grid))
     centers = torch.arange(grid) * 2 * patch + patch  # in half pixels

@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_ihb.arguments import AugmentationArguments
-from hf_ihb.functional import augment, constants, gram, policies
-from hf_ihb.functional.color import equalize
+from hf_ihb.functional import augment, constants, geometry, gram, policies
+from hf_ihb.functional.color import equalize, fixed_shapes
 from hf_ihb.functional.gram import gram_width, unpack_gram
 from hf_ihb.functional.tokens import resampling_matrix, standardize_tokens
 from hf_ihb.losses import StructuralLoss, TokenPair, logit_distillation_loss, task_loss
@@ -25,7 +25,14 @@ from hf_ihb.views import Augmenter, class_targets
 from tests.test_views import SETTINGS
 
 GPU = torch.device("cuda:0")
-TABLES = (constants.constant, augment._beta_quantiles, policies.magnitude_table, gram._upper, gram._places)
+TABLES = (
+    constants.constant,
+    geometry.pixel_centers,
+    augment._beta_quantiles,
+    policies.magnitude_table,
+    gram._upper,
+    gram._places,
+)
 
 
 class Copies(TorchDispatchMode):
@@ -140,10 +147,9 @@ def test_the_check_sees_a_question_a_copy_and_a_shape_that_depends_on_values(on_
 
 
 @pytest.fixture
-def without_groups(monkeypatch):
+def without_groups():
     def run(function):
-        with monkeypatch.context() as patch:
-            patch.setattr("hf_ihb.functional.color._may_group", lambda images: False)
+        with fixed_shapes():
             return function()
 
     return run

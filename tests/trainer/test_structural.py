@@ -292,7 +292,8 @@ def shift_by_whole_patches(trainer):
 
     def augment(images, index, labels):
         top, left = 4 * (index % 3), 4 * ((index // 3) % 3)
-        views, affine = crop_flip(images, top, left, torch.zeros(len(index), dtype=torch.bool), padding=4)
+        still = torch.zeros(len(index), dtype=torch.bool)
+        views, affine = crop_flip(images, torch.stack((top, left), dim=1), still, padding=4)
         return Views(as_float(images), as_float(views), affine, torch.ones(len(index)))
 
     trainer._augment = augment
