@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_ihb.functional.gram import TokenGram
 from hf_ihb.functional.logits import hard_distillation_loss, kd_divergence
 from hf_ihb.functional.similarity import center_positions, gram_distance, linear_cka, published_cka, rbf_cka
 from hf_ihb.functional.tokens import correlation_divergence, token_cosine_distance
@@ -47,12 +48,12 @@ class TokenPair(NamedTuple):
 
     Attributes:
         student: ``(B, N, D_s)``.
-        teacher: ``(B, N, D_t)``; the token loss needs D_t = D_s.
+        teacher: ``(B, N, D_t)``; the token loss needs D_t = D_s. For CKA within images and Gram also their `TokenGram`.
         mask: ``(B, N)`` bool, false where the teacher's token would lie outside its image.
     """
 
     student: Tensor
-    teacher: Tensor
+    teacher: Tensor | TokenGram
     mask: Tensor
 
     def image_means(self) -> tuple[Tensor, Tensor]:
@@ -61,6 +62,27 @@ class TokenPair(NamedTuple):
         count = inside.sum(dim=1).clamp_min(1)
         student, teacher = ((x.float() * inside).sum(dim=1) / count for x in (self.student, self.teacher))
         return student, teacher
+
+
+def as_one(layers: Sequence[TokenPair], weight: Tensor) -> tuple[Sequence[TokenPair], Tensor]:
+    """Layers of one shape as one batch of all their images, with its weights; others as they are.
+
+    What is a mean over images, and then over layers, is the same: in one operation where it was one for each layer.
+    """
+    shapes = {tuple((type(x), leaf.shape, leaf.dtype) for x in pair for leaf in _tensors(x)) for pair in layers}
+    if len(layers) == 1 or len(shapes) > 1:
+        return layers, weight
+    return [TokenPair(*map(_concatenated, zip(*layers, strict=True)))], weight.repeat(len(layers))
+
+
+def _tensors(value: Tensor | TokenGram) -> tuple[Tensor, ...]:
+    return (value,) if isinstance(value, Tensor) else tuple(value)
+
+
+def _concatenated(values: Sequence[Tensor | TokenGram]) -> Tensor | TokenGram:
+    if isinstance(values[0], Tensor):
+        return torch.cat(tuple(values))
+    return TokenGram(*(torch.cat(parts) for parts in zip(*values, strict=True)))
 
 
 def _batch_mean(per_image: Tensor, weight: Tensor) -> Tensor:
@@ -115,11 +137,15 @@ class StructuralLoss:
         for name, layers in pairs.items():
             if name in ("cka", "gram") and self.center_positions:
                 layers = [p._replace(student=center_positions(p.student, weight, reduce=self.reduce)) for p in layers]
+            weights = weight
+            per_image = name in ("gram", "token") or (name == "cka" and self.cka_scope == "tokens")
+            if per_image and weight.device.type != "cpu":  # there it is bytes that cost, not the number of operations
+                layers, weights = as_one(layers, weight)
             if name == "cka":
-                values, undefined = zip(*(self.cka(pair, weight) for pair in layers), strict=True)
+                values, undefined = zip(*(self.cka(pair, weights) for pair in layers), strict=True)
                 losses["cka_undefined"] = torch.stack(undefined).mean()
             else:
-                values = [getattr(self, name)(pair, weight) for pair in layers]
+                values = [getattr(self, name)(pair, weights) for pair in layers]
             losses[f"{name}_loss"] = torch.stack(values).mean()
         return losses
 

@@ -4,10 +4,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_ihb.functional.augment import identity_affine
+from hf_ihb.functional.gram import pack_gram, unpack_gram
 from hf_ihb.functional.logits import hard_distillation_loss, kd_divergence
 from hf_ihb.functional.similarity import center_positions, gram_distance, linear_cka, published_cka, rbf_cka
 from hf_ihb.functional.tokens import correlation_divergence, resample_tokens, token_cosine_distance
-from hf_ihb.losses import StructuralLoss, TokenPair, logit_distillation_loss, task_loss, warmup_factor
+from hf_ihb.losses import StructuralLoss, TokenPair, as_one, logit_distillation_loss, task_loss, warmup_factor
 from hf_ihb.models.heads import PairedHeads
 
 LOSSES = ("cka", "gram", "token", "relation")
@@ -311,3 +312,22 @@ def test_a_shared_position_code_scores_as_similarity_until_positions_are_centred
     left_in = pair._replace(teacher=(pair.teacher + setting.mean) / setting.channels)
     assert compare(left_in, weight, ["cka"])["cka_loss"] < 0.5
     assert compare(pair, weight, ["cka"], center_positions=True)["cka_loss"] > 0.95
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("name", ["cka", "gram", "token"])
+def test_layers_of_one_shape_are_the_same_as_one_batch(name, cached, generator):
+    if name == "token" and cached:
+        pytest.skip("the token loss needs tokens")
+    tokens = torch.randn(3, 2, 5, 9, 6, generator=generator)
+    layers = [TokenPair(s, unpack_gram(pack_gram(t), 9) if cached else t, s[..., 0] > -1.5) for s, t in tokens]
+    weight = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
+    loss = StructuralLoss()
+    (whole,), weights = as_one(layers, weight)
+    found, expected = getattr(loss, name)(whole, weights), [getattr(loss, name)(pair, weight) for pair in layers]
+    if name == "cka":
+        assert found[1] == torch.stack([undefined for _, undefined in expected]).mean()
+        found, expected = found[0], [value for value, _ in expected]
+    torch.testing.assert_close(found, torch.stack(expected).mean())
+    odd = [*layers, TokenPair(tokens[0, 0, :, :4], tokens[0, 1, :, :4], layers[0].mask[:, :4])]
+    assert as_one(odd, weight) == (odd, weight)
