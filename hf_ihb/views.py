@@ -38,6 +38,7 @@ class Views:
         affine: ``(B, 2, 3)`` from augmented to stored coordinates.
         own_share: ``(B,)`` share of the own image, 1 where it is not mixed.
         partner_labels: ``(B,)`` labels of the mixing partners; None without mixing.
+        targets: ``(B, K)`` class probabilities, mixed like the images; None where nobody made them.
     """
 
     images: Tensor
@@ -45,6 +46,7 @@ class Views:
     affine: Tensor
     own_share: Tensor
     partner_labels: Tensor | None = None
+    targets: Tensor | None = None
 
     @property
     def stored(self) -> Tensor:

@@ -1,7 +1,7 @@
 """Any `datasets` image-classification set -> splits of uint8 images."""
 
 from hf_ihb.data.loading import DIGITS, load_image_data, load_image_split
-from hf_ihb.data.placement import placement, rows_onto
+from hf_ihb.data.placement import onto, placement, rows_onto
 from hf_ihb.data.splits import (
     ImageData,
     ImageSplit,
@@ -24,6 +24,7 @@ __all__ = [
     "host_index",
     "load_image_data",
     "load_image_split",
+    "onto",
     "placement",
     "rows_onto",
     "stratified_sample",

@@ -33,6 +33,11 @@ def placement(
     return "device" if num_bytes <= DEVICE_SHARE * (_free_on(device) if free_bytes is None else free_bytes) else "host"
 
 
+def onto(device: torch.device, tensor: Tensor) -> Tensor:
+    """A tensor of the host's memory on a device, by way of page-locked memory, without a wait for the device."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def rows_onto(device: torch.device, rows: Tensor, index: Tensor) -> Tensor:
     """Some rows of the host's memory on a device, without a wait for it.
 

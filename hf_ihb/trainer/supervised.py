@@ -21,7 +21,7 @@ from transformers.utils.hub import PushInProgress
 
 from hf_ihb.arguments import AugmentationArguments, SupervisedTrainingArguments
 from hf_ihb.checkpoint import load_module, newest_checkpoint, save_module
-from hf_ihb.data import ImageSplit, collate_images, placement
+from hf_ihb.data import ImageSplit, collate_images, host_index, onto, placement, rows_onto
 from hf_ihb.errors import CheckpointError, DataError, NumericsError
 from hf_ihb.functional.color import fixed_shapes
 from hf_ihb.hub import ensure_repo
@@ -101,6 +101,8 @@ class SupervisedTrainer(Trainer):
         if hasattr(args, "check_with"):
             args.check_with([self.augmentation])
         self._augmenter: Augmenter | None = None
+        self._partners_from: ImageSplit | None = None
+        self._viewed = compiled(self._view, args)
         self._on_device: dict[int, tuple[ImageSplit, ImageSplit]] = {}
         self._user_metrics, self.compute_metrics = self.compute_metrics, self._compute_metrics
         if (user_hook := self.preprocess_logits_for_metrics) is not None:
@@ -128,6 +130,7 @@ class SupervisedTrainer(Trainer):
     def _module(self, student: PreTrainedModel, args: TrainingArguments) -> StudentModule:
         if not isinstance(student, PreTrainedModel):
             raise TypeError(f"expected an image classifier of transformers, got {type(student).__name__}")
+        self._num_labels = student.config.num_labels
         size = input_size(student) or (self._pixels.size if self._pixels else None)
         if self._pixels is not None:
             self._pixels = self._pixels._replace(size=size)
@@ -198,7 +201,10 @@ class SupervisedTrainer(Trainer):
             if labels is not None:
                 loss = task_loss([outputs.logits], class_targets(labels, num_labels, 0, None))
             return (loss, self._evaluation_outputs(outputs, inputs)) if return_outputs else loss
-        targets = class_targets(labels, num_labels, self.args.label_smoothing_factor, views)
+        if views is None:
+            targets = class_targets(labels, num_labels, self.args.label_smoothing_factor, None)
+        else:
+            targets = views.targets
         loss, components = self.training_losses(outputs, targets, inputs, views)
         if outputs.cls_logits is not None:  # a head that no loss uses gets a gradient as well: DDP counts on it
             loss = loss + 0 * (outputs.cls_logits.mean() + outputs.distillation_logits.mean())
@@ -250,26 +256,46 @@ class SupervisedTrainer(Trainer):
             raise DataError("stored (uint8) images: expected a 'processing_class' with mean and std, found none")
         if not train:
             return self._pixels.apply(images), None
-        views = self._augment(images, inputs.get("index"), inputs.get("labels"))
-        return self._pixels.apply(views.seen), views
-
-    def _augment(self, images: Tensor, index: Tensor | None, labels: Tensor | None) -> Views:
+        if inputs.get("index") is None:
+            raise DataError("stored (uint8) images: expected a `StoredSplit` or batches with 'index' to augment")
         if self._augmenter is None:
-            split = self._placed(self.train_dataset)
-            if index is None:
-                raise DataError("stored (uint8) images: expected a `StoredSplit` or batches with 'index' to augment")
-
-            def fetch(rows: Tensor) -> tuple[Tensor, Tensor]:
-                there = rows.to(split.images.device)
-                return split.images.index_select(0, there).to(rows.device), split.labels[there].to(rows.device)
-
-            fill = self._pixels.mean[: images.shape[1]]  # a grey image has one channel where its processor has three
-            partners = (fetch, len(split)) if hasattr(split, "images") else (None, 0)
-            self._augmenter = Augmenter(self.augmentation, self.args.seed, fill, *partners)
-            self._augmented = compiled(self._augmenter.__call__, self.args)
+            self._make_augmenter(images)
         # a number would be compiled into the graph, and that anew in every epoch
         epoch = torch.full((), int(self._epoch), device=images.device) if self.args.torch_compile else int(self._epoch)
-        return self._augmented(images, index, epoch, labels)
+        return self._viewed(images, inputs["index"], epoch, inputs.get("labels"), self._partners(inputs))
+
+    def _make_augmenter(self, images: Tensor) -> None:
+        split = self._placed(self.train_dataset)
+        fetch, count = None, 0
+        if hasattr(split, "images"):  # any image can be had
+            count = len(split)
+            if split.images.device == images.device:
+
+                def fetch(rows: Tensor) -> tuple[Tensor, Tensor]:
+                    return split.images.index_select(0, rows), split.labels[rows]
+
+            else:
+                self._partners_from = split
+        fill = self._pixels.mean[: images.shape[1]]  # a grey image has one channel where its processor has three
+        self._augmenter = Augmenter(self.augmentation, self.args.seed, fill, fetch, count)
+
+    def _partners(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Mixing partners whose images are on the host, chosen there as well: nothing is asked of the device."""
+        split = self._partners_from
+        if split is None or not self.augmentation.mixes:
+            return None
+        rows, device = torch.from_numpy(host_index(inputs)), inputs["pixel_values"].device
+        rows = self._augmenter.partners_of(rows, int(self._epoch))
+        return onto(device, rows), rows_onto(device, split.images, rows), rows_onto(device, split.labels, rows)
+
+    def _view(
+        self, images: Tensor, index: Tensor, epoch: int | Tensor, labels: Tensor | None, partners: tuple | None
+    ) -> tuple[Tensor, Views]:
+        """What the student sees, and how it came about: one graph where it is compiled."""
+        views = self._augmenter(images, index, epoch, labels, partners)
+        if labels is not None:
+            views.targets = class_targets(labels, self._num_labels, self.args.label_smoothing_factor, views)
+        return self._pixels.apply(views.seen), views
 
     def _record(self, loss: Tensor, components: dict[str, Tensor]) -> None:
         """Adds up what is logged, on the device: nothing is waited for."""

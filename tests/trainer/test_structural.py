@@ -290,13 +290,13 @@ def shift_by_whole_patches(trainer):
     from hf_ihb.functional.augment import crop_flip
     from hf_ihb.views import Views, as_float
 
-    def augment(images, index, labels):
+    def augment(images, index, *others):
         top, left = 4 * (index % 3), 4 * ((index // 3) % 3)
         still = torch.zeros(len(index), dtype=torch.bool)
         views, affine = crop_flip(images, torch.stack((top, left), dim=1), still, padding=4)
         return Views(as_float(images), as_float(views), affine, torch.ones(len(index)))
 
-    trainer._augment = augment
+    trainer._augmenter = augment
 
 
 def test_the_clean_view_is_misaligned_where_the_shared_one_is_not(make_trainer, make_student):

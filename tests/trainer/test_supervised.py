@@ -12,6 +12,7 @@ from hf_ihb.data import ImageSplit
 from hf_ihb.errors import CheckpointError, DataError, NumericsError
 from hf_ihb.models.student import build_student
 from hf_ihb.trainer import SupervisedTrainer, callbacks, supervised
+from hf_ihb.views import Augmenter
 from tests.trainer.conftest import LABELS, MEAN, SIZE, STD
 
 AUGMENT = AugmentationArguments(
@@ -185,27 +186,27 @@ def test_training_logs_components_and_speed(make_trainer):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_each_epoch_has_views_of_its_own_the_same_for_any_batch(accumulation, make_trainer):
+def test_each_epoch_has_views_of_its_own_the_same_for_any_batch(accumulation, make_trainer, monkeypatch):
     seen = []
     trainer = make_trainer(
         max_steps=-1, num_train_epochs=3, per_device_train_batch_size=32 // accumulation,
         gradient_accumulation_steps=accumulation,
     )  # fmt: skip
-    augment = trainer._augment
 
-    def record(images, index, labels):
-        views = augment(images, index, labels)
-        seen.extend(zip(index.tolist(), views.augmented, strict=True))
-        return views
+    class Recorded(Augmenter):
+        def __call__(self, images, index, *others):
+            views = super().__call__(images, index, *others)
+            seen.extend(zip(index.tolist(), views.augmented, strict=True))
+            return views
 
-    trainer._augment = record
+    monkeypatch.setattr(supervised, "Augmenter", Recorded)
     trainer.train()
     assert len(seen) == 3 * 128
     for epoch in range(3):
         views = dict(seen[128 * epoch : 128 * (epoch + 1)])
         assert len(views) == 128
         rows = torch.arange(128)
-        expected = trainer._augmenter(trainer.train_dataset.images, rows, epoch).augmented
+        expected = Augmenter.__call__(trainer._augmenter, trainer.train_dataset.images, rows, epoch).augmented
         assert torch.equal(torch.stack([views[row] for row in rows.tolist()]), expected)
 
 
