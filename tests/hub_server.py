@@ -190,7 +190,9 @@ class HubServer:
         self._servers = [
             _Listener(("127.0.0.1", p), _handler(self, host)) for p, host in ((port, "hub"), (0, "storage"))
         ]
-        self.endpoint, self.storage = (f"http://127.0.0.1:{s.server_address[1]}" for s in self._servers)
+        # two names as well: clients tell a storage host, which is shown no token, by its name or by its port
+        hub_port, storage_port = (server.server_address[1] for server in self._servers)
+        self.endpoint, self.storage = f"http://127.0.0.1:{hub_port}", f"http://localhost:{storage_port}"
 
     def __enter__(self) -> "HubServer":
         for server in self._servers:

@@ -1,5 +1,6 @@
 """The tests' Hub, by the real clients: what it answers is what they act on."""
 
+import inspect
 from pathlib import Path
 
 import datasets
@@ -170,6 +171,10 @@ def test_an_interrupted_upload_leaves_the_branch_and_the_next_sends_what_is_miss
     assert {"plots/a.png", "plots/b.png"} <= repo.files("me/m").keys()
 
 
+@pytest.mark.skipif(
+    "constants.ENDPOINT" not in inspect.getsource(ModelCard.validate),
+    reason="this huggingface_hub asks huggingface.co itself, whatever the endpoint is",
+)
 def test_a_card_with_false_metadata_is_refused(repo):
     ModelCard("---\nmetrics:\n- accuracy\n---\n").validate()
     for bad in ("metrics: accuracy", "license: [1]"):
