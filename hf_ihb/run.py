@@ -1,10 +1,11 @@
 """A run folder from its opening to its results, and the way a script ends."""
 
 import json
+import math
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from hf_ihb.evaluation import evaluate_model
 from hf_ihb.models.attention import has_attention
 from hf_ihb.models.pretrained import Pretrained, load_pretrained
 from hf_ihb.plots import confusion_matrix_plot, draw_analyses
+from hf_ihb.recipe import read_recipe
 from hf_ihb.records import (
     ANALYSIS_FILE,
     CARD_FILE,
@@ -69,8 +71,10 @@ def resume_argument(args: TrainingArguments) -> str | bool | None:
     return {"true": True, "false": None, "none": None}.get(str(value).lower(), value)
 
 
-def open_run(args: TrainingArguments, run_args: RunArguments) -> None:
+def open_run(args: TrainingArguments, run_args: RunArguments, recipe: Path) -> None:
     """Checks that the run may write to its output folder, before anything is loaded.
+
+    Says so where several processes make the batch another one than the recipe's.
 
     Raises:
         RecipeError: If the folder is a file, holds something that is not ours, or an earlier run that is neither
@@ -89,18 +93,30 @@ def open_run(args: TrainingArguments, run_args: RunArguments) -> None:
         )
     if not os.access(next(p for p in (folder, *folder.absolute().parents) if p.exists()), os.W_OK):
         raise RecipeError(f"key 'output_dir': expected a folder that can be written to, found {folder}")
+    if args.process_index == 0 and (note := batch_note(args, read_recipe(recipe), str(recipe))) is not None:
+        print(note, flush=True)
     PartialState().wait_for_everyone()  # nobody writes before everybody has looked
-    if args.world_size > 1 and PartialState().is_main_process:
-        print(_batch_of_all(args), flush=True)
 
 
-def _batch_of_all(args: TrainingArguments) -> str:
-    """What several processes make of the batch that a recipe was written for."""
-    one, count = args.train_batch_size * args.gradient_accumulation_steps, args.world_size
+def batch_note(args: TrainingArguments, recipe: Mapping[str, Any], name: str) -> str | None:
+    """One line where the images of an optimizer step are not those that a recipe means, because of several processes.
+
+    Args:
+        args: Of the run.
+        recipe: The keys of the recipe file, written for one process.
+        name: What to call it.
+    """
+    keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    intended = math.prod(recipe.get(key, type(args).__dataclass_fields__[key].default) for key in keys)
+    per_device, steps, processes = *(getattr(args, key) for key in keys), args.world_size
+    found = processes * per_device * steps
+    if processes == 1 or found == intended:
+        return None
+    share, rest = divmod(intended, processes * steps)
+    remedy = f"set --{keys[0]} {share}" if rest == 0 else f"start a number of processes that divides {intended}"
     return (
-        f"{count} processes: {count * one:,} images a step; per_device_train_batch_size {args.train_batch_size} x "
-        f"gradient_accumulation_steps {args.gradient_accumulation_steps} are {one:,} on one, which the learning rate "
-        f"of a recipe is meant for: --per_device_train_batch_size {max(1, args.train_batch_size // count)} keeps it"
+        f"{processes} processes x {per_device} images x {steps} accumulated make steps of {found} images, where "
+        f"{name} means {intended}: {remedy} to keep its learning rate right"
     )
 
 

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     arguments_class, trainer_class = METHODS[peek(argv, "method", METHODS)]
     parsed = parse_recipe(argv, *COMMON, arguments_class, description=__doc__)
     run_args, data_args, augmentation, model_args, teacher_args, args = parsed
-    open_run(args, run_args)
+    open_run(args, run_args, recipe_path(argv))
     pin_revisions(parsed)
 
     set_seed(args.seed)

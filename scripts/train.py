@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     """Recipe -> run folder."""
     parsed = parse_recipe(argv, *ARGUMENTS, description=__doc__)
     run_args, data_args, augmentation, model_args, args = parsed
-    open_run(args, run_args)
+    open_run(args, run_args, recipe_path(argv))
     pin_revisions(parsed)
 
     set_seed(args.seed)

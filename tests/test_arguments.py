@@ -1,5 +1,6 @@
 """What the arguments do beyond holding values: precision switches of torch, and one process a GPU."""
 
+import json
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ from hf_ihb import arguments
 from hf_ihb.arguments import RunArguments, SupervisedTrainingArguments
 from hf_ihb.errors import RecipeError
 from hf_ihb.recipe import parse_recipe
-from hf_ihb.run import open_run
+from hf_ihb.run import batch_note, open_run
 
 
 @pytest.fixture
@@ -47,17 +48,45 @@ def test_one_process_that_sees_several_gpus_is_refused_in_one_line(tmp_path, mon
     assert "\n" not in str(caught.value)
 
 
-def test_several_processes_say_what_becomes_of_the_recipes_batch(tmp_path, monkeypatch, capsys):
-    args = SupervisedTrainingArguments(
-        output_dir=str(tmp_path / "run"), per_device_train_batch_size=128, gradient_accumulation_steps=2,
-        report_to="none", use_cpu=True,
-    )  # fmt: skip
-    open_run(args, RunArguments())
-    assert capsys.readouterr().out == ""
-    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda args: 4))
-    open_run(args, RunArguments())
+@pytest.fixture
+def note(tmp_path, monkeypatch):
+    def make(processes, recipe, **overrides):
+        args = SupervisedTrainingArguments(
+            output_dir=str(tmp_path), report_to="none", use_cpu=True, **{**recipe, **overrides}
+        )
+        monkeypatch.setattr(SupervisedTrainingArguments, "world_size", processes)
+        return batch_note(args, recipe, "a.json")
+
+    return make
+
+
+RECIPE = {"per_device_train_batch_size": 512}
+ACCUMULATING = {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 4}
+
+
+def test_more_processes_than_the_recipe_was_written_for_are_named_with_what_keeps_its_batch(note):
+    assert note(4, RECIPE) == (
+        "4 processes x 512 images x 1 accumulated make steps of 2048 images, where a.json means 512: "
+        "set --per_device_train_batch_size 128 to keep its learning rate right"
+    )
+    assert "steps of 256 images, where a.json means 128: set --per_device_train_batch_size 16 " in note(2, ACCUMULATING)
+    assert "means 512: start a number of processes that divides 512" in note(3, RECIPE)
+    assert "where a.json means 8: set --per_device_train_batch_size 4 " in note(2, {}, per_device_train_batch_size=8)
+
+
+def test_nothing_is_said_where_the_batch_is_the_recipes(note):
+    assert note(1, RECIPE) is None
+    assert note(1, RECIPE, per_device_train_batch_size=64) is None  # asked for, not brought about
+    assert note(4, RECIPE, per_device_train_batch_size=128) is None
+    assert note(4, ACCUMULATING, gradient_accumulation_steps=1) is None
+
+
+def test_the_line_is_said_once_when_a_run_is_opened(tmp_path, monkeypatch, capsys):
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(RECIPE))
+    args = SupervisedTrainingArguments(output_dir=str(tmp_path / "run"), report_to="none", use_cpu=True, **RECIPE)
+    monkeypatch.setattr(SupervisedTrainingArguments, "world_size", 2)
+    open_run(args, RunArguments(), recipe)
     said = capsys.readouterr().out
-    assert "4 processes: 1,024 images a step" in said
-    assert "256 on one" in said
-    assert "--per_device_train_batch_size 32" in said
+    assert f"where {recipe} means 512" in said
     assert said.count("\n") == 1

@@ -83,6 +83,9 @@ class StudentModule(PreTrainedModel):
         self.distillation_head = distillation_head
         self._no_split_modules = block_classes(student)
 
+    def get_input_embeddings(self) -> None:
+        """None: FSDP asks for a table of words, and transformers raises where a CNN has none."""
+
     def forward(
         self, pixel_values: Tensor, teacher_tokens: Mapping[str, Sequence[Tensor]] | None = None
     ) -> StudentOutput:

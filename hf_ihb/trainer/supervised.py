@@ -91,6 +91,11 @@ class SupervisedTrainer(Trainer):
             **kwargs,
         )
         args.set_float32_precision()
+        # FSDP2 casts the weights of a BatchNorm and not its statistics, which torch refuses together: autocast instead
+        statistics = any(isinstance(part, nn.modules.batchnorm._NormBase) for part in self.model.modules())
+        self._autocasts = statistics and self.accelerator.is_fsdp2
+        if self._autocasts:
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         # our losses are means over a micro-batch; saying so makes 8 x 4 images equal 32 x 1
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
@@ -192,9 +197,9 @@ class SupervisedTrainer(Trainer):
     ) -> Any:
         """Training: the weighted losses. Evaluation: unsmoothed cross-entropy of the logits that inference returns."""
         pixel_values, views = self._student_view(inputs, train=model.training)
-        outputs: StudentOutput = model(
-            pixel_values=pixel_values, **self._forward_arguments(inputs, views, model.training)
-        )
+        arguments = self._forward_arguments(inputs, views, model.training)
+        with self.accelerator.autocast() if self._autocasts else contextlib.nullcontext():
+            outputs: StudentOutput = model(pixel_values=pixel_values, **arguments)
         labels, num_labels = inputs.get("labels"), outputs.logits.shape[1]
         if not model.training:
             loss = None
