@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Dinov2Config, Dinov2Model, set_seed
 
+from hf_ihb import teacher_cache
 from hf_ihb.arguments import (
     AugmentationArguments,
     LogitDistillationTrainingArguments,
@@ -24,7 +25,13 @@ from hf_ihb.data import ImageSplit
 from hf_ihb.models.processing import PixelFormat
 from hf_ihb.models.student import build_student
 from hf_ihb.models.teacher import Teacher
-from hf_ihb.trainer import LogitDistillationTrainer, StructuralDistillationTrainer, SupervisedTrainer, distillation
+from hf_ihb.trainer import (
+    LogitDistillationTrainer,
+    StructuralDistillationTrainer,
+    SupervisedTrainer,
+    distillation,
+    supervised,
+)
 from tests.invariants.test_no_waits import GPU, TABLES, Copies
 from tests.trainer.conftest import LABELS, MEAN, SIZE, STD
 
@@ -87,9 +94,9 @@ def make(make_student, make_teacher, make_args, train_split, eval_split, process
     return made
 
 
-def elsewhere(tensor):
-    """A tensor of that shape on the GPU, inside of the fake mode."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=GPU)
+def elsewhere(tensor, device=GPU):
+    """A tensor of that shape on a device, inside of the fake mode."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
 
 def backward(module):
@@ -106,11 +113,12 @@ def move(module):
             part._buffers[name] = None if value is None else elsewhere(value)
 
 
-def move_trainer(trainer, monkeypatch):
+def move_trainer(trainer, monkeypatch, data_on=GPU):
+    """Onto the GPU, its data and cache onto that device."""
     monkeypatch.setattr(type(trainer.args), "device", property(lambda args: GPU))
     move(trainer.model)
     for split in (trainer.train_dataset, trainer.eval_dataset):
-        moved = ImageSplit(elsewhere(split.images), elsewhere(split.labels), split.label_names)
+        moved = ImageSplit(elsewhere(split.images, data_on), elsewhere(split.labels, data_on), split.label_names)
         trainer._on_device[id(split)] = (split, moved)
     if (teacher := getattr(trainer, "teacher", None)) is not None:
         move(teacher.model)
@@ -119,13 +127,13 @@ def move_trainer(trainer, monkeypatch):
     if getattr(trainer, "_statistics", None) is not None:
         trainer._statistics = [tuple(map(elsewhere, pair)) for pair in trainer._statistics]
     if (cache := getattr(trainer, "teacher_cache", None)) is not None:
-        cache._rows = elsewhere(cache._rows)
+        cache._rows = elsewhere(cache._rows, data_on)
 
 
 def batch_of(split, count=8):
-    index = torch.empty(count, dtype=torch.long, device=GPU)
-    return {"pixel_values": split.images[:count], "labels": split.labels[:count], "index": index,
-            "rows": np.arange(count)}  # fmt: skip
+    index, rows = torch.empty(count, dtype=torch.long, device=GPU), np.arange(count)
+    images, labels = (elsewhere(x[:count]) for x in (split.images, split.labels))
+    return {"pixel_values": images, "labels": labels, "index": index, "rows": rows}
 
 
 @pytest.fixture
@@ -137,10 +145,8 @@ def clean_tables():
         table.cache_clear()
 
 
-@pytest.mark.usefixtures("clean_tables")
-@pytest.mark.parametrize(("trainer_class", "architecture", "settings"), CASES)
-def test_a_step_is_on_one_device_and_asks_it_for_nothing(trainer_class, architecture, settings, make, monkeypatch):
-    trainer = make(trainer_class, architecture, settings)
+def run_steps(trainer, monkeypatch, data_on=GPU):
+    """Two steps of training and evaluation; the copies of the second."""
     if isinstance(trainer, distillation.DistillationTrainer):
         trainer.prepare_teacher()
     trainer.teacher_accuracy = 1.0
@@ -148,8 +154,8 @@ def test_a_step_is_on_one_device_and_asks_it_for_nothing(trainer_class, architec
     trainer.current_gradient_accumulation_steps = 1
     for table in TABLES:
         table.cache_clear()
-    with FakeTensorMode():
-        move_trainer(trainer, monkeypatch)
+    with FakeTensorMode(allow_non_fake_inputs=data_on != GPU):
+        move_trainer(trainer, monkeypatch, data_on)
         trainer.create_optimizer()
         monkeypatch.setattr(trainer.accelerator, "backward", lambda loss, **kwargs: backward(trainer.model))
         trainer._averaging.on_train_begin(trainer.args, trainer.state, trainer.control)
@@ -171,4 +177,33 @@ def test_a_step_is_on_one_device_and_asks_it_for_nothing(trainer_class, architec
         step()
         with Copies() as copies:
             step()
-    assert copies.found == []
+    return copies.found
+
+
+@pytest.mark.usefixtures("clean_tables")
+@pytest.mark.parametrize(("trainer_class", "architecture", "settings"), CASES)
+def test_a_step_is_on_one_device_and_asks_it_for_nothing(trainer_class, architecture, settings, make, monkeypatch):
+    assert run_steps(make(trainer_class, architecture, settings), monkeypatch) == []
+
+
+@pytest.mark.usefixtures("clean_tables")
+@pytest.mark.parametrize(("trainer_class", "settings"), [
+    (SupervisedTrainer, {}), (LogitDistillationTrainer, {"teacher_view": "clean", "teacher_cache": "logits"}),
+    (StructuralDistillationTrainer, STRUCTURAL["cka"] | {"teacher_cache": "gram"}),
+])  # fmt: skip
+def test_images_and_caches_on_the_host_are_read_without_asking_the_device(trainer_class, settings, make, monkeypatch):
+    sent = []
+
+    def onto(device, *tensors):  # page-locked memory is not to be had without a GPU
+        assert all(x.device.type == "cpu" for x in tensors)
+        sent.append(tensors[0].shape)
+        shape = tensors[0].shape if len(tensors) == 1 else (len(tensors[1]), *tensors[0].shape[1:])
+        return torch.empty(shape, dtype=tensors[0].dtype, device=device)
+
+    for module in (supervised, teacher_cache):
+        monkeypatch.setattr(module, "rows_onto", onto)
+    monkeypatch.setattr(supervised, "onto", onto)
+    monkeypatch.setattr(supervised, "placement", lambda num_bytes, device: "host")
+    assert run_steps(make(trainer_class, "deit", settings), monkeypatch, torch.device("cpu")) == []
+    mixes = settings.get("teacher_view") != "clean"
+    assert len(sent) == 2 * (3 * mixes + ("teacher_cache" in settings))
