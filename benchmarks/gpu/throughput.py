@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from gpu.builds import Builder, read_keys
 from gpu.job import ROOT, Context
 from hf_ihb.arguments import AugmentationArguments, ModelArguments
+from hf_ihb.functional.color import fixed_shapes
 from hf_ihb.views import Augmenter
 
 PROFILED = 5
@@ -137,7 +138,8 @@ def _augmentation_rate(
     augmenter = Augmenter(keys, 0, (0.5,) * 3, fetch, len(split))
     rows = torch.arange(batch_size, device=device)
     images, epoch = split.images[:batch_size], torch.zeros((), dtype=torch.long, device=device)
-    augmenter(images, rows, epoch)  # its tables are made outside of the graph
+    with fixed_shapes():
+        augmenter(images, rows, epoch)  # its tables are made outside of the graph
     if compiled:
         augmenter = torch.compile(augmenter.__call__, backend="inductor" if device.type == "cuda" else "aot_eager")
     steps, times = builder.context.sizes.window[0], []

@@ -22,7 +22,7 @@ from transformers.utils.hub import PushInProgress
 from hf_ihb.arguments import AugmentationArguments, SupervisedTrainingArguments
 from hf_ihb.checkpoint import load_module, newest_checkpoint, save_module
 from hf_ihb.data import ImageSplit, collate_images, host_index, onto, placement, rows_onto
-from hf_ihb.errors import CheckpointError, DataError, NumericsError
+from hf_ihb.errors import CheckpointError, DataError, NumericsError, RecipeError
 from hf_ihb.functional.color import fixed_shapes
 from hf_ihb.hub import ensure_repo
 from hf_ihb.losses import task_loss
@@ -93,6 +93,11 @@ class SupervisedTrainer(Trainer):
         args.set_float32_precision()
         # FSDP2 casts the weights of a BatchNorm and not its statistics, which torch refuses together: autocast instead
         statistics = any(isinstance(part, nn.modules.batchnorm._NormBase) for part in self.model.modules())
+        if statistics and self.is_deepspeed_enabled and self.accelerator.mixed_precision != "no":
+            raise RecipeError(
+                "expected a student without BatchNorm under DeepSpeed, which leaves statistics in float32 beside half "
+                "weights, found one with it; take recipes/accelerate/ddp.yaml, or --mixed_precision no"
+            )
         self._autocasts = statistics and self.accelerator.is_fsdp2
         if self._autocasts:
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None

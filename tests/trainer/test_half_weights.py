@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_ihb.arguments import ModelArguments
+from hf_ihb.errors import RecipeError
 from hf_ihb.models.student import build_student
 from hf_ihb.trainer import LogitDistillationTrainer, SupervisedTrainer, distillation
 from tests.trainer.conftest import LABELS, MEAN, SIZE, STD
@@ -55,3 +56,18 @@ def test_students_with_half_weights_train_to_the_loss_of_whole_ones(
 ])  # fmt: skip
 def test_distillation_into_half_weights_has_losses_in_float32_and_every_gradient(trainer_class, settings, make):  # noqa: F811
     half_step(make(trainer_class, "deit", settings))
+
+
+def test_batch_norm_in_bf16_is_refused_under_deepspeed_and_welcome_elsewhere(make_args, make_student, monkeypatch):
+    args = make_args(SupervisedTrainer.arguments_class, bf16=True)
+    SupervisedTrainer(make_student(conv_stem=True), args)
+    prepare = SupervisedTrainer.create_accelerator_and_postprocess
+
+    def under_deepspeed(self):
+        prepare(self)
+        self.is_deepspeed_enabled = True
+
+    monkeypatch.setattr(SupervisedTrainer, "create_accelerator_and_postprocess", under_deepspeed)
+    SupervisedTrainer(make_student(), args)
+    with pytest.raises(RecipeError, match="without BatchNorm under DeepSpeed"):
+        SupervisedTrainer(make_student(conv_stem=True), args)
