@@ -601,6 +601,15 @@ class SupervisedTrainingArguments(_Checked, TrainingArguments):
         elif self.device.type == "cuda" and self.dataloader_pin_memory and own_config:
             self.accelerator_config.non_blocking = True  # what a batch is copied with, or every step begins with a wait
 
+    @property
+    def device(self) -> torch.device:
+        """As `TrainingArguments.device`; without the index that one of several CPU processes is given.
+
+        torch before 2.14 cannot load a checkpoint onto ``cpu:0``.
+        """
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
     def set_float32_precision(self) -> None:
         """Sets torch's switches as `tf32` says.
 
