@@ -34,7 +34,7 @@ def write(folder, images="image", labels="label", class_label=True, features=Non
         columns = {images: [as_bytes(image) for image, _ in rows], labels: [value for _, value in rows]}
         columns |= {extra: [0] * len(rows) for extra in features if extra not in columns}
         split = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-        split.to_parquet(folder / f"{name}-00000-of-00001.parquet")
+        split.to_parquet(folder / f"{name}-00000-of-00001.parquet", batch_size=64)  # it guesses none for no rows
     return str(folder)
 
 
