@@ -438,3 +438,11 @@ def test_an_epoch_may_be_a_tensor(split):
     images, _ = split
     augmenter = make_augmenter(split, EVERYTHING)
     assert_equal_views(augmenter(images, torch.arange(64), torch.tensor(7)), augmenter(images, torch.arange(64), 7))
+
+
+def test_partners_that_are_brought_along_are_those_that_would_be_fetched(split):
+    index, augmenter = torch.arange(5, 25), make_augmenter(split, EVERYTHING)
+    expected = augmenter(split[0][index], index, 3)
+    rows = augmenter.partners_of(index, 3)
+    brought = Augmenter(EVERYTHING, 0, FILL, None, len(split[0]))
+    assert_equal_views(brought(split[0][index], index, 3, None, (rows, split[0][rows], split[1][rows])), expected)
