@@ -144,7 +144,7 @@ def stepper(trainer: Any, batch: dict[str, Tensor], steps: int) -> Callable[[], 
     model = trainer.model.to(trainer.args.device).train()
     if trainer.args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    batch = {name: value.to(trainer.args.device) for name, value in batch.items()}
+    batch = {k: v.to(trainer.args.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
     def run() -> None:
         for _ in range(steps):

@@ -1,5 +1,6 @@
 """Every key of a recipe: dataclasses with a help text, a unit and a range for each key of ours."""
 
+import functools
 import math
 import sys
 from collections.abc import Iterable, Mapping
@@ -601,7 +602,7 @@ class SupervisedTrainingArguments(_Checked, TrainingArguments):
         elif self.device.type == "cuda" and self.dataloader_pin_memory and own_config:
             self.accelerator_config.non_blocking = True  # what a batch is copied with, or every step begins with a wait
 
-    @property
+    @functools.cached_property  # every step asks several times
     def device(self) -> torch.device:
         """As `TrainingArguments.device`; without the index that one of several CPU processes is given.
 
