@@ -14,7 +14,9 @@ from peers.pyhessian_like import PyHessianLike
 from torch import Tensor
 
 from hf_ihb.analysis import analyze_attention, analyze_cka
-from hf_ihb.arguments import AnalysisArguments, DataArguments, ModelArguments
+from hf_ihb.config.data import DataArguments
+from hf_ihb.config.measure import AnalysisArguments
+from hf_ihb.config.model import ModelArguments
 from hf_ihb.data import load_image_split
 from hf_ihb.functional.attention import attention_distance
 from hf_ihb.functional.curvature import HessianOperator, hutchinson_trace

@@ -26,20 +26,20 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import Dinov2Config, Dinov2Model, PreTrainedModel, TrainingArguments
 
-from hf_ihb.arguments import (
-    AugmentationArguments,
-    DataArguments,
-    LogitDistillationTrainingArguments,
-    ModelArguments,
-    StructuralDistillationTrainingArguments,
-    SupervisedTrainingArguments,
-)
+from hf_ihb.config.augmentation import AugmentationArguments
+from hf_ihb.config.data import DataArguments
+from hf_ihb.config.model import ModelArguments
 from hf_ihb.data import load_image_data
 from hf_ihb.models.processing import PixelFormat, pixel_format
 from hf_ihb.models.student import build_student
 from hf_ihb.models.teacher import Teacher
 from hf_ihb.report import markdown_table
 from hf_ihb.trainer import LogitDistillationTrainer, StructuralDistillationTrainer, SupervisedTrainer
+from hf_ihb.trainer.arguments import (
+    LogitDistillationTrainingArguments,
+    StructuralDistillationTrainingArguments,
+    SupervisedTrainingArguments,
+)
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {"deit-tiny": "ce_only.json", "micro": "micro/ce_only.json"}

@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_ihb.arguments import AugmentationArguments, ModelArguments
+from hf_ihb.config.augmentation import AugmentationArguments
+from hf_ihb.config.model import ModelArguments
 from hf_ihb.functional.gram import gram_width, unpack_gram
 from hf_ihb.losses import StructuralLoss, TokenPair, task_loss
 from hf_ihb.models.module import StudentModule

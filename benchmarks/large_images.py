@@ -30,7 +30,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from hf_ihb.arguments import AugmentationArguments, DataArguments
+from hf_ihb.config.augmentation import AugmentationArguments
+from hf_ihb.config.data import DataArguments
 from hf_ihb.data import StoredSplit, collate_images, load_image_split
 from hf_ihb.models.processing import PixelFormat
 from hf_ihb.report import markdown_table

@@ -23,26 +23,25 @@ from side_by_side import RESULTS, write_results
 from transformers import TrainerCallback, set_seed
 
 from hf_ihb.analysis import analyze_attention, analyze_cka, analyze_hessian
-from hf_ihb.arguments import (
-    AnalysisArguments,
-    AugmentationArguments,
-    DataArguments,
-    LogitDistillationTrainingArguments,
-    ModelArguments,
-    RunArguments,
-    StructuralDistillationTrainingArguments,
-    SupervisedTrainingArguments,
-    TeacherArguments,
-)
+from hf_ihb.config.augmentation import AugmentationArguments
+from hf_ihb.config.data import DataArguments
+from hf_ihb.config.measure import AnalysisArguments
+from hf_ihb.config.model import ModelArguments, TeacherArguments
+from hf_ihb.config.recipe import parse_recipe
+from hf_ihb.config.run import RunArguments
 from hf_ihb.data import ImageData, StoredSplit, load_image_data, load_image_split
 from hf_ihb.evaluation import evaluate_model
 from hf_ihb.models.pretrained import Pretrained
 from hf_ihb.models.processing import pixel_format
 from hf_ihb.models.student import build_student
 from hf_ihb.models.teacher import load_teacher
-from hf_ihb.recipe import parse_recipe
 from hf_ihb.report import markdown_table
 from hf_ihb.trainer import LogitDistillationTrainer, StructuralDistillationTrainer, SupervisedTrainer
+from hf_ihb.trainer.arguments import (
+    LogitDistillationTrainingArguments,
+    StructuralDistillationTrainingArguments,
+    SupervisedTrainingArguments,
+)
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "micro"
 TEACHER = "resnet18_cifar_w16"

@@ -24,13 +24,9 @@ from side_by_side import RESULTS, ratio, write_results
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from hf_ihb.arguments import (
-    AugmentationArguments,
-    DataArguments,
-    ModelArguments,
-    StructuralDistillationTrainingArguments,
-    SupervisedTrainingArguments,
-)
+from hf_ihb.config.augmentation import AugmentationArguments
+from hf_ihb.config.data import DataArguments
+from hf_ihb.config.model import ModelArguments
 from hf_ihb.data import load_image_data
 from hf_ihb.models.processing import pixel_format
 from hf_ihb.models.student import build_student
@@ -38,6 +34,7 @@ from hf_ihb.models.teacher import Teacher
 from hf_ihb.report import markdown_table
 from hf_ihb.run import run_script
 from hf_ihb.trainer import StructuralDistillationTrainer, SupervisedTrainer
+from hf_ihb.trainer.arguments import StructuralDistillationTrainingArguments, SupervisedTrainingArguments
 
 WARM_UP = 5
 MICRO = {"architecture": "deit", "hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2, "patch_size": 4}

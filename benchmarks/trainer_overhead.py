@@ -26,16 +26,13 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from hf_ihb.arguments import (
-    AugmentationArguments,
-    LogitDistillationTrainingArguments,
-    SupervisedTrainingArguments,
-)
+from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.data import ImageSplit
 from hf_ihb.models.processing import PixelFormat, student_processor
 from hf_ihb.models.teacher import Teacher
 from hf_ihb.report import markdown_table
 from hf_ihb.trainer import LogitDistillationTrainer, SupervisedTrainer
+from hf_ihb.trainer.arguments import LogitDistillationTrainingArguments, SupervisedTrainingArguments
 
 CLASSES = ["a", "b", "c", "d"]
 PIXELS = PixelFormat((0.5,) * 3, (0.25,) * 3, (8, 8))

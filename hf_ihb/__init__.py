@@ -1,14 +1,8 @@
 """Knowledge distillation between image models of different families, on `transformers.Trainer`."""
 
-from hf_ihb.arguments import (
-    AugmentationArguments,
-    DataArguments,
-    LogitDistillationTrainingArguments,
-    ModelArguments,
-    StructuralDistillationTrainingArguments,
-    SupervisedTrainingArguments,
-    TeacherArguments,
-)
+from hf_ihb.config.augmentation import AugmentationArguments
+from hf_ihb.config.data import DataArguments
+from hf_ihb.config.model import ModelArguments, TeacherArguments
 from hf_ihb.data import load_image_data
 from hf_ihb.models.student import build_student
 from hf_ihb.models.teacher import Teacher, load_teacher
@@ -17,6 +11,11 @@ from hf_ihb.trainer import (
     LogitDistillationTrainer,
     StructuralDistillationTrainer,
     SupervisedTrainer,
+)
+from hf_ihb.trainer.arguments import (
+    LogitDistillationTrainingArguments,
+    StructuralDistillationTrainingArguments,
+    SupervisedTrainingArguments,
 )
 
 __all__ = [

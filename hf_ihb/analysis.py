@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_ihb.arguments import ANALYSES, AnalysisArguments
+from hf_ihb.config.measure import ANALYSES, AnalysisArguments
 from hf_ihb.data import StoredSplit, stratified_sample
 from hf_ihb.errors import ModelLoadError
 from hf_ihb.functional.attention import uniform_attention_distance

@@ -15,15 +15,17 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from hf_ihb.analysis import analyze
-from hf_ihb.arguments import AnalysisArguments, RunArguments, published_flaws
 from hf_ihb.checkpoint import HEADS_FILE
+from hf_ihb.config.fields import published_flaws
+from hf_ihb.config.measure import AnalysisArguments
+from hf_ihb.config.recipe import read_recipe
+from hf_ihb.config.run import RunArguments
 from hf_ihb.data import ImageData
 from hf_ihb.errors import HfIhbError, RecipeError
 from hf_ihb.evaluation import evaluate_model
 from hf_ihb.models.attention import has_attention
 from hf_ihb.models.pretrained import Pretrained, load_pretrained
 from hf_ihb.plots import confusion_matrix_plot, draw_analyses
-from hf_ihb.recipe import read_recipe
 from hf_ihb.records import (
     ANALYSIS_FILE,
     CARD_FILE,

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_ihb.arguments import AugmentationArguments
+from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.functional import augment, color, policies
 from hf_ihb.functional.constants import constant
 from hf_ihb.functional.geometry import affine_matrix, compose_affines, warp

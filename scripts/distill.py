@@ -6,21 +6,17 @@ accelerate launch scripts/distill.py recipes/cka.json [--seed 1] [--num_train_ep
 from transformers import set_seed
 
 from hf_ihb.access import pin_revisions
-from hf_ihb.arguments import (
-    AugmentationArguments,
-    DataArguments,
-    LogitDistillationTrainingArguments,
-    ModelArguments,
-    RunArguments,
-    StructuralDistillationTrainingArguments,
-    TeacherArguments,
-)
+from hf_ihb.config.augmentation import AugmentationArguments
+from hf_ihb.config.data import DataArguments
+from hf_ihb.config.model import ModelArguments, TeacherArguments
+from hf_ihb.config.recipe import parse_recipe, peek, recipe_path
+from hf_ihb.config.run import RunArguments
 from hf_ihb.data import load_image_data
 from hf_ihb.models.student import build_student
 from hf_ihb.models.teacher import load_teacher
-from hf_ihb.recipe import parse_recipe, peek, recipe_path
 from hf_ihb.run import open_run, run_script, run_training
 from hf_ihb.trainer import LogitDistillationTrainer, StructuralDistillationTrainer
+from hf_ihb.trainer.arguments import LogitDistillationTrainingArguments, StructuralDistillationTrainingArguments
 
 METHODS = {
     "logits": (LogitDistillationTrainingArguments, LogitDistillationTrainer),

@@ -8,13 +8,15 @@ the recipe's unless the command line says otherwise. Prints a table; writes metr
 
 from dataclasses import fields
 
-from hf_ihb.arguments import DataArguments, EvaluationArguments, TeacherArguments
+from hf_ihb.config.data import DataArguments
+from hf_ihb.config.measure import EvaluationArguments
+from hf_ihb.config.model import TeacherArguments
+from hf_ihb.config.recipe import parse_models
 from hf_ihb.data import load_image_split
 from hf_ihb.evaluation import evaluate_model, metrics_table
 from hf_ihb.models.pretrained import data_defaults, load_pretrained
 from hf_ihb.models.teacher import Teacher, load_teacher
 from hf_ihb.plots import confusion_matrix_plot
-from hf_ihb.recipe import parse_models
 from hf_ihb.records import METRICS_FILE, PLOTS_FOLDER, output_folder, write_json
 from hf_ihb.run import run_script
 

@@ -10,10 +10,10 @@ The token is that of `hf auth login` or of HF_TOKEN. Exit code 5: the push faile
 
 from pathlib import Path
 
-from hf_ihb.arguments import PublishArguments
+from hf_ihb.config.recipe import parse_run
+from hf_ihb.config.run import PublishArguments
 from hf_ihb.errors import DataError, RecipeError
 from hf_ihb.hub import check_push, holds_run, push_run, render_folder
-from hf_ihb.recipe import parse_run
 from hf_ihb.records import CARD_FILE, EVALUATION_FILE, RECIPE_FILE, STAGING_FOLDER
 from hf_ihb.run import run_script
 

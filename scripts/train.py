@@ -6,18 +6,16 @@ accelerate launch scripts/train.py recipes/resnet18.json [--seed 1] [--num_train
 from transformers import set_seed
 
 from hf_ihb.access import pin_revisions
-from hf_ihb.arguments import (
-    AugmentationArguments,
-    DataArguments,
-    ModelArguments,
-    RunArguments,
-    SupervisedTrainingArguments,
-)
+from hf_ihb.config.augmentation import AugmentationArguments
+from hf_ihb.config.data import DataArguments
+from hf_ihb.config.model import ModelArguments
+from hf_ihb.config.recipe import parse_recipe, recipe_path
+from hf_ihb.config.run import RunArguments
 from hf_ihb.data import load_image_data
 from hf_ihb.models.student import build_student
-from hf_ihb.recipe import parse_recipe, recipe_path
 from hf_ihb.run import open_run, run_script, run_training
 from hf_ihb.trainer import SupervisedTrainer
+from hf_ihb.trainer.arguments import SupervisedTrainingArguments
 
 ARGUMENTS = (RunArguments, DataArguments, AugmentationArguments, ModelArguments, SupervisedTrainingArguments)
 

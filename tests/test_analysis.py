@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from hf_ihb.analysis import analysis_table, analyze
-from hf_ihb.arguments import AnalysisArguments
+from hf_ihb.config.measure import AnalysisArguments
 from hf_ihb.data import ImageSplit
 from hf_ihb.errors import DataError, ModelLoadError
 from hf_ihb.functional.attention import attention_distance

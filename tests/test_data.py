@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from hf_ihb import access
-from hf_ihb.arguments import DataArguments
+from hf_ihb.config.data import DataArguments
 from hf_ihb.data import (
     DIGITS,
     ImageSplit,

@@ -13,7 +13,8 @@ from PIL import Image as PILImage
 from torch import nn
 from transformers import AutoImageProcessor, pipeline
 
-from hf_ihb.arguments import DataArguments, ModelArguments
+from hf_ihb.config.data import DataArguments
+from hf_ihb.config.model import ModelArguments
 from hf_ihb.data import DIGITS, ImageSplit, load_image_split
 from hf_ihb.errors import ModelLoadError, NumericsError, RecipeError, TeacherMismatchError
 from hf_ihb.evaluation import evaluate_model, evaluator, metrics_table

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForImageClassification, BitImageProcessor, Dinov2Config, Dinov2Model
 
-from hf_ihb.arguments import DataArguments
+from hf_ihb.config.data import DataArguments
 from hf_ihb.data import load_image_split
 from hf_ihb.metrics import Accuracy
 from tests.conftest import ROOT, TOKEN

@@ -10,16 +10,10 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from hf_ihb.analysis import analyze
-from hf_ihb.arguments import (
-    AnalysisArguments,
-    DataArguments,
-    LogitDistillationTrainingArguments,
-    ModelArguments,
-    StructuralDistillationTrainingArguments,
-    SupervisedTrainingArguments,
-    TeacherArguments,
-    published_flaws,
-)
+from hf_ihb.config.data import DataArguments
+from hf_ihb.config.fields import published_flaws
+from hf_ihb.config.measure import AnalysisArguments
+from hf_ihb.config.model import ModelArguments, TeacherArguments
 from hf_ihb.data import load_image_split
 from hf_ihb.errors import DataError
 from hf_ihb.evaluation import evaluate_model, metrics_table
@@ -28,6 +22,11 @@ from hf_ihb.model_card.markdown import Markdown, code, table, to_markdown, visib
 from hf_ihb.models.pretrained import load_pretrained
 from hf_ihb.models.student import build_student
 from hf_ihb.redaction import publishable
+from hf_ihb.trainer.arguments import (
+    LogitDistillationTrainingArguments,
+    StructuralDistillationTrainingArguments,
+    SupervisedTrainingArguments,
+)
 
 MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 SHA = "0123456789abcdef0123456789abcdef01234567"

@@ -19,12 +19,13 @@ from transformers import (
     set_seed,
 )
 
-from hf_ihb.arguments import ModelArguments, SupervisedTrainingArguments
+from hf_ihb.config.model import ModelArguments
+from hf_ihb.config.recipe import parse_recipe
 from hf_ihb.data import ImageSplit
 from hf_ihb.models.student import build_student
-from hf_ihb.recipe import parse_recipe
 from hf_ihb.trainer import SupervisedTrainer
-from tests.test_recipe import DISTILL, TRAIN
+from hf_ihb.trainer.arguments import SupervisedTrainingArguments
+from tests.config.test_recipe import DISTILL, TRAIN
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"

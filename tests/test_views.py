@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from scipy.stats import chisquare, kstest
 
 import hf_ihb.views
-from hf_ihb.arguments import AugmentationArguments
+from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.functional import augment as ops
 from hf_ihb.functional import color, geometry, policies
 from hf_ihb.functional.random import counter_uniforms, stream_words, uniforms

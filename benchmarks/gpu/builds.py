@@ -9,18 +9,18 @@ from transformers import Dinov2Config, Dinov2Model, PreTrainedModel
 
 from gpu.job import ROOT, Context
 from gpu.machine import data_arguments
-from hf_ihb.arguments import (
-    AugmentationArguments,
-    LogitDistillationTrainingArguments,
-    ModelArguments,
-    StructuralDistillationTrainingArguments,
-    SupervisedTrainingArguments,
-)
+from hf_ihb.config.augmentation import AugmentationArguments
+from hf_ihb.config.model import ModelArguments
 from hf_ihb.data import ImageData, load_image_data
 from hf_ihb.models.processing import PixelFormat, pixel_format
 from hf_ihb.models.student import build_student
 from hf_ihb.models.teacher import Teacher
 from hf_ihb.trainer import LogitDistillationTrainer, StructuralDistillationTrainer, SupervisedTrainer
+from hf_ihb.trainer.arguments import (
+    LogitDistillationTrainingArguments,
+    StructuralDistillationTrainingArguments,
+    SupervisedTrainingArguments,
+)
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 WAYS = {

@@ -18,7 +18,7 @@ from transformers import BitImageProcessor, TrainerCallback
 
 from gpu.builds import IMAGENET, Builder, dinov2
 from gpu.job import ROOT, Context
-from hf_ihb.arguments import AugmentationArguments
+from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.records import read_json
 from hf_ihb.views import Augmenter
 

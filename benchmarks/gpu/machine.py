@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gpu.job import Context
-from hf_ihb.arguments import DataArguments
+from hf_ihb.config.data import DataArguments
 from hf_ihb.data import load_image_data
 from hf_ihb.records import environment
 

@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 
 from gpu.builds import Builder, read_keys
 from gpu.job import ROOT, Context
-from hf_ihb.arguments import AugmentationArguments, ModelArguments
+from hf_ihb.config.augmentation import AugmentationArguments
+from hf_ihb.config.model import ModelArguments
 from hf_ihb.functional.color import fixed_shapes
 from hf_ihb.views import Augmenter
 

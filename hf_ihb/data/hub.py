@@ -10,7 +10,7 @@ from datasets.packaged_modules.cache.cache import Cache
 from torch import Tensor
 
 from hf_ihb.access import HUB_ERRORS, explain, is_offline, resolve_commit
-from hf_ihb.arguments import DataArguments
+from hf_ihb.config.data import DataArguments
 from hf_ihb.errors import DataError
 
 # What reading a data set of any content makes libraries raise.

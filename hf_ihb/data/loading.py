@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from hf_ihb.access import is_local
-from hf_ihb.arguments import DataArguments
+from hf_ihb.config.data import DataArguments
 from hf_ihb.data.decode import PIL_MODES, EncodedImages, default_workers, size_of_first
 from hf_ihb.data.decoded_cache import DecodedCache, decoded_root
 from hf_ihb.data.hub import class_names, fetch, find_columns, read_labels

@@ -19,7 +19,7 @@ from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id
 from transformers.utils import CONFIG_NAME
 
 from hf_ihb.access import explain
-from hf_ihb.arguments import PublishArguments
+from hf_ihb.config.run import PublishArguments
 from hf_ihb.errors import HubPushError, RecipeError
 from hf_ihb.hub.staging import is_run_record, is_weights, owned_names, stage_run
 from hf_ihb.records import CARD_FILE, RECIPE_FILE

@@ -9,19 +9,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_ihb.arguments import (
-    AugmentationArguments,
-    DataArguments,
-    LogitDistillationTrainingArguments,
-    ModelArguments,
-    RunArguments,
-    StructuralDistillationTrainingArguments,
-    SupervisedTrainingArguments,
-    TeacherArguments,
-)
+from hf_ihb.config.augmentation import AugmentationArguments
+from hf_ihb.config.data import DataArguments
+from hf_ihb.config.model import ModelArguments, TeacherArguments
+from hf_ihb.config.run import RunArguments
 from hf_ihb.errors import DataError
 from hf_ihb.records import ANALYSIS_FILE, EVALUATION_FILE, HISTORY_FILE, METRICS_FILE, PLOTS, RECIPE_FILE
 from hf_ihb.redaction import publishable
+from hf_ihb.trainer.arguments import (
+    LogitDistillationTrainingArguments,
+    StructuralDistillationTrainingArguments,
+    SupervisedTrainingArguments,
+)
 
 CONFIG_FILE, PROCESSOR_FILE, WEIGHTS_FILE = "config.json", "preprocessor_config.json", "model.safetensors"
 _OBJECTS = (RECIPE_FILE, CONFIG_FILE, PROCESSOR_FILE, EVALUATION_FILE, METRICS_FILE, ANALYSIS_FILE)

@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 import hf_ihb.models.timm_cifar  # noqa: F401  registers resnet18_cifar
 from hf_ihb.access import fetch_file, resolve_commit
-from hf_ihb.arguments import DataArguments
+from hf_ihb.config.data import DataArguments
 from hf_ihb.errors import ModelLoadError, TeacherMismatchError
 from hf_ihb.models.files import UNREADABLE, model_files
 from hf_ihb.models.processing import PixelFormat, pixel_format

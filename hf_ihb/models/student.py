@@ -30,7 +30,7 @@ from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmW
 from transformers.models.vit.modeling_vit import ViTLayer
 
 import hf_ihb.models.timm_cifar  # noqa: F401  registers resnet18_cifar
-from hf_ihb.arguments import ModelArguments
+from hf_ihb.config.model import ModelArguments
 from hf_ihb.errors import ModelLoadError, RecipeError
 from hf_ihb.models.adaptive_cnn import AdaptiveCNNConfig, AdaptiveCNNForImageClassification
 from hf_ihb.models.deit import FlexibleDeiTConfig, FlexibleDeiTForImageClassification

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_ihb.arguments import TeacherArguments
+from hf_ihb.config.model import TeacherArguments
 from hf_ihb.errors import NumericsError, TeacherMismatchError
 from hf_ihb.models.features import FeatureMap, extract_features, final_norm, size_arguments
 from hf_ihb.models.pretrained import label_permutation, load_pretrained

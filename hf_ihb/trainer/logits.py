@@ -9,12 +9,12 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import DeiTForImageClassification, PreTrainedModel, TrainingArguments
 
-from hf_ihb.arguments import LogitDistillationTrainingArguments
 from hf_ihb.data import host_index
 from hf_ihb.errors import TeacherMismatchError
 from hf_ihb.losses import logit_distillation_loss, scheduled_alpha
 from hf_ihb.models.module import StudentModule, StudentOutput
 from hf_ihb.teacher_cache import Kind, Layout
+from hf_ihb.trainer.arguments import LogitDistillationTrainingArguments
 from hf_ihb.trainer.distillation import DistillationTrainer, spread
 from hf_ihb.views import Views
 

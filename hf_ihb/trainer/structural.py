@@ -11,7 +11,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
-from hf_ihb.arguments import StructuralDistillationTrainingArguments
 from hf_ihb.errors import DataError, RecipeError
 from hf_ihb.functional.augment import identity_affine
 from hf_ihb.functional.gram import TokenGram
@@ -21,6 +20,7 @@ from hf_ihb.models.features import FeatureMap, extract_features, first_block
 from hf_ihb.models.heads import PairedHeads
 from hf_ihb.models.module import StudentModule, StudentOutput
 from hf_ihb.teacher_cache import Kind, Layout, TeacherCache
+from hf_ihb.trainer.arguments import StructuralDistillationTrainingArguments
 from hf_ihb.trainer.collectives import stack_over_processes, sum_over_processes
 from hf_ihb.trainer.distillation import DistillationTrainer, spread
 from hf_ihb.trainer.supervised import compiled

@@ -19,8 +19,8 @@ from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmW
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
-from hf_ihb.arguments import AugmentationArguments, SupervisedTrainingArguments
 from hf_ihb.checkpoint import load_module, newest_checkpoint, save_module
+from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.data import ImageSplit, collate_images, host_index, onto, placement, rows_onto
 from hf_ihb.errors import CheckpointError, DataError, NumericsError, RecipeError
 from hf_ihb.functional.color import fixed_shapes
@@ -29,6 +29,7 @@ from hf_ihb.losses import task_loss
 from hf_ihb.models.module import StudentModule, StudentOutput
 from hf_ihb.models.processing import pixel_format
 from hf_ihb.models.student import TOKEN_PARAMETERS, input_size
+from hf_ihb.trainer.arguments import SupervisedTrainingArguments
 from hf_ihb.trainer.averaging import Averaging
 from hf_ihb.trainer.callbacks import EarlyStopping, Hooks
 from hf_ihb.trainer.publishing import Publishing

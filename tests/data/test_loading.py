@@ -9,13 +9,10 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 
 from hf_ihb.analysis import analyze
-from hf_ihb.arguments import (
-    AnalysisArguments,
-    AugmentationArguments,
-    DataArguments,
-    ModelArguments,
-    SupervisedTrainingArguments,
-)
+from hf_ihb.config.augmentation import AugmentationArguments
+from hf_ihb.config.data import DataArguments
+from hf_ihb.config.measure import AnalysisArguments
+from hf_ihb.config.model import ModelArguments
 from hf_ihb.data import (
     DIGITS,
     ImageSplit,
@@ -35,6 +32,7 @@ from hf_ihb.models.pretrained import Pretrained
 from hf_ihb.models.processing import pixel_format
 from hf_ihb.models.student import build_student
 from hf_ihb.trainer import SupervisedTrainer
+from hf_ihb.trainer.arguments import SupervisedTrainingArguments
 from tests.image_sets import picture, rows, write
 
 # Class of a split, and the keys that make it.

@@ -5,12 +5,13 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
-from hf_ihb.arguments import ModelArguments, SupervisedTrainingArguments
+from hf_ihb.config.model import ModelArguments
 from hf_ihb.data import ImageSplit
 from hf_ihb.models.processing import student_processor
 from hf_ihb.models.student import build_student
 from hf_ihb.run import run_script
 from hf_ihb.trainer import SupervisedTrainer
+from hf_ihb.trainer.arguments import SupervisedTrainingArguments
 
 MEAN, STD, SIZE = [0.5] * 3, [0.25] * 3, (8, 8)
 

@@ -8,10 +8,10 @@ import sys
 import torch
 import torch.distributed as dist
 
-from hf_ihb.arguments import StructuralDistillationTrainingArguments
 from hf_ihb.functional.gram import pack_gram, unpack_gram
 from hf_ihb.losses import StructuralLoss, TokenPair
 from hf_ihb.run import run_script
+from hf_ihb.trainer.arguments import StructuralDistillationTrainingArguments
 from hf_ihb.trainer.structural import structural_loss
 
 SETTINGS = {

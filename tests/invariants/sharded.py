@@ -15,12 +15,13 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.fsdp import FSDPModule
 from transformers import Dinov2Config, Dinov2Model, set_seed
 
-from hf_ihb.arguments import ModelArguments, StructuralDistillationTrainingArguments
+from hf_ihb.config.model import ModelArguments
 from hf_ihb.models.processing import pixel_format, student_processor
 from hf_ihb.models.student import build_student
 from hf_ihb.models.teacher import Teacher
 from hf_ihb.run import run_script
 from hf_ihb.trainer import StructuralDistillationTrainer
+from hf_ihb.trainer.arguments import StructuralDistillationTrainingArguments
 from tests.invariants.conftest import ROOT
 from tests.invariants.disagree import MEAN, SIZE, STD, make_split
 

@@ -13,7 +13,7 @@ import torch._dynamo.testing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_ihb.arguments import AugmentationArguments
+from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.functional import augment, constants, geometry, gram, policies
 from hf_ihb.functional.color import equalize, fixed_shapes
 from hf_ihb.functional.gram import gram_width, unpack_gram

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForImageClassification
 
-from hf_ihb.arguments import DataArguments
+from hf_ihb.config.data import DataArguments
 from hf_ihb.data import load_image_data
 from hf_ihb.models.processing import pixel_format, student_processor
 from tests.invariants import build_cache, disagree

@@ -7,7 +7,7 @@ from PIL import Image
 from torch import nn
 from transformers import AutoModelForImageClassification, pipeline
 
-from hf_ihb.arguments import ModelArguments, TeacherArguments
+from hf_ihb.config.model import ModelArguments, TeacherArguments
 from hf_ihb.errors import RecipeError
 from hf_ihb.models.adaptive_cnn import AdaptiveCNNConfig, AdaptiveCNNForImageClassification
 from hf_ihb.models.features import extract_features

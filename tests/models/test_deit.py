@@ -5,7 +5,7 @@ from timm.layers import DropPath
 from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification, DeiTConfig, DeiTForImageClassificationWithTeacher
 
-from hf_ihb.arguments import ModelArguments
+from hf_ihb.config.model import ModelArguments
 from hf_ihb.models.deit import (
     FlexibleDeiTConfig,
     FlexibleDeiTForImageClassification,

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from hf_ihb import access
-from hf_ihb.arguments import ModelArguments, TeacherArguments
+from hf_ihb.config.model import ModelArguments, TeacherArguments
 from hf_ihb.errors import ModelLoadError
 from hf_ihb.models.files import model_files
 from hf_ihb.models.pretrained import load_pretrained, weights_digest

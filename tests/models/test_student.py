@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2DropPath
 
-from hf_ihb.arguments import ModelArguments
+from hf_ihb.config.model import ModelArguments
 from hf_ihb.errors import ModelLoadError, RecipeError
 from hf_ihb.models.deit import FlexibleDeiTForImageClassification
 from hf_ihb.models.features import extract_features

@@ -14,7 +14,7 @@ from transformers import (
     ViTModel,
 )
 
-from hf_ihb.arguments import ModelArguments, TeacherArguments
+from hf_ihb.config.model import ModelArguments, TeacherArguments
 from hf_ihb.errors import ModelLoadError, NumericsError, TeacherMismatchError
 from hf_ihb.models.features import extract_features
 from hf_ihb.models.processing import PixelFormat, pixel_format

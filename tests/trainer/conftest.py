@@ -2,12 +2,13 @@ import pytest
 import torch
 from transformers import TimmWrapperForImageClassification, set_seed
 
-from hf_ihb.arguments import ModelArguments, SupervisedTrainingArguments
+from hf_ihb.config.model import ModelArguments
 from hf_ihb.data import ImageSplit
 from hf_ihb.models.processing import pixel_format, student_processor
 from hf_ihb.models.student import build_student
 from hf_ihb.models.teacher import Teacher
 from hf_ihb.trainer import SupervisedTrainer
+from hf_ihb.trainer.arguments import SupervisedTrainingArguments
 
 LABELS = ["red", "green", "blue", "dark"]
 MEAN, STD, SIZE = [0.5] * 3, [0.25] * 3, (16, 16)

@@ -5,10 +5,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from hf_ihb.arguments import AugmentationArguments, ModelArguments, SupervisedTrainingArguments
+from hf_ihb.config.augmentation import AugmentationArguments
+from hf_ihb.config.model import ModelArguments
 from hf_ihb.errors import CheckpointError, RecipeError
 from hf_ihb.models.student import build_student
 from hf_ihb.trainer import SupervisedTrainer
+from hf_ihb.trainer.arguments import SupervisedTrainingArguments
 from hf_ihb.trainer.averaging import Averaging
 
 AUGMENT = AugmentationArguments(random_crop_padding=2, horizontal_flip=0.5, mixup_alpha=0.8)

@@ -6,16 +6,13 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model, set_seed
 
-from hf_ihb.arguments import (
-    AugmentationArguments,
-    LogitDistillationTrainingArguments,
-    StructuralDistillationTrainingArguments,
-)
+from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.data import ImageSplit
 from hf_ihb.errors import CacheError, RecipeError
 from hf_ihb.models.processing import PixelFormat
 from hf_ihb.models.teacher import Teacher
 from hf_ihb.trainer import LogitDistillationTrainer, StructuralDistillationTrainer
+from hf_ihb.trainer.arguments import LogitDistillationTrainingArguments, StructuralDistillationTrainingArguments
 
 OTHERS = torch.randint(0, 256, (128, 3, 16, 16), generator=torch.Generator().manual_seed(9)).to(torch.uint8)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_ihb.arguments import ModelArguments
+from hf_ihb.config.model import ModelArguments
 from hf_ihb.errors import RecipeError
 from hf_ihb.models.student import build_student
 from hf_ihb.trainer import LogitDistillationTrainer, SupervisedTrainer, distillation

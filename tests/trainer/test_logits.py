@@ -4,10 +4,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from hf_ihb.arguments import AugmentationArguments, LogitDistillationTrainingArguments
+from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.errors import TeacherMismatchError
 from hf_ihb.losses import scheduled_alpha
 from hf_ihb.trainer import LogitDistillationTrainer
+from hf_ihb.trainer.arguments import LogitDistillationTrainingArguments
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load
 from transformers import AutoModelForImageClassification
 
-from hf_ihb.arguments import SupervisedTrainingArguments
 from hf_ihb.errors import HubPushError
 from hf_ihb.trainer import SupervisedTrainer
+from hf_ihb.trainer.arguments import SupervisedTrainingArguments
 
 REPO = "me/student"
 

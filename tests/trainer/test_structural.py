@@ -5,11 +5,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model, TrainerCallback, set_seed
 
-from hf_ihb.arguments import (
-    AugmentationArguments,
-    LogitDistillationTrainingArguments,
-    StructuralDistillationTrainingArguments,
-)
+from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.errors import RecipeError, TeacherMismatchError
 from hf_ihb.functional.similarity import gram_distance, linear_cka
 from hf_ihb.functional.tokens import correlation_divergence, token_cosine_distance
@@ -18,6 +14,7 @@ from hf_ihb.models.heads import PairedHeads
 from hf_ihb.models.processing import PixelFormat
 from hf_ihb.models.teacher import Teacher
 from hf_ihb.trainer import LogitDistillationTrainer, StructuralDistillationTrainer
+from hf_ihb.trainer.arguments import LogitDistillationTrainingArguments, StructuralDistillationTrainingArguments
 
 ALL = {"cka_weight": 1.0, "gram_weight": 1.0, "token_weight": 1.0}
 ONE_STEP = {"max_steps": 1, "learning_rate": 0.0, "per_device_train_batch_size": 128}

@@ -6,12 +6,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
-from hf_ihb import arguments
-from hf_ihb.arguments import AugmentationArguments, ModelArguments, SupervisedTrainingArguments
+from hf_ihb.trainer import arguments
+from hf_ihb.config.augmentation import AugmentationArguments
+from hf_ihb.config.model import ModelArguments
 from hf_ihb.data import ImageSplit
 from hf_ihb.errors import CheckpointError, DataError, NumericsError
 from hf_ihb.models.student import build_student
 from hf_ihb.trainer import SupervisedTrainer, callbacks, supervised
+from hf_ihb.trainer.arguments import SupervisedTrainingArguments
 from hf_ihb.views import Augmenter
 from tests.trainer.conftest import LABELS, MEAN, SIZE, STD
 

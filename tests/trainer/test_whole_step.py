@@ -14,13 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Dinov2Config, Dinov2Model, set_seed
 
 from hf_ihb import teacher_cache
-from hf_ihb.arguments import (
-    AugmentationArguments,
-    LogitDistillationTrainingArguments,
-    ModelArguments,
-    StructuralDistillationTrainingArguments,
-    SupervisedTrainingArguments,
-)
+from hf_ihb.config.augmentation import AugmentationArguments
+from hf_ihb.config.model import ModelArguments
 from hf_ihb.data import ImageSplit
 from hf_ihb.models.processing import PixelFormat
 from hf_ihb.models.student import build_student
@@ -31,6 +26,11 @@ from hf_ihb.trainer import (
     SupervisedTrainer,
     distillation,
     supervised,
+)
+from hf_ihb.trainer.arguments import (
+    LogitDistillationTrainingArguments,
+    StructuralDistillationTrainingArguments,
+    SupervisedTrainingArguments,
 )
 from tests.invariants.test_no_waits import GPU, TABLES, Copies
 from tests.trainer.conftest import LABELS, MEAN, SIZE, STD

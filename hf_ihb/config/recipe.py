@@ -5,17 +5,15 @@ import difflib
 import json
 import math
 import re
-import types
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
-from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
-from hf_ihb.arguments import out_of_range
+from hf_ihb.config.fields import expected_value, matches, out_of_range, shown, type_hints
 from hf_ihb.errors import RecipeError
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -31,7 +29,6 @@ _REVISIONS = {
     "teacher_model": "teacher_revision",
     "model_name_or_path": "model_revision",
 }
-_ARTICLES = {bool: "true or false", int: "an integer", float: "a number", str: "a string", dict: "an object"}
 
 
 class _RecipeParser(HfArgumentParser):
@@ -54,7 +51,9 @@ class _RecipeParser(HfArgumentParser):
     @staticmethod
     def _parse_dataclass_field(parser: ArgumentParser, field: Field) -> None:
         plain = copy.copy(field)
-        plain.metadata = {name: value for name, value in field.metadata.items() if name not in ("range", "published")}
+        plain.metadata = {
+            name: value for name, value in field.metadata.items() if name not in ("key", "range", "published")
+        }
         HfArgumentParser._parse_dataclass_field(parser, plain)
 
 
@@ -218,7 +217,7 @@ def peek(argv: Sequence[str], name: str, choices: Sequence[str]) -> str:
         if token.split("=")[0] == f"--{name}":
             origin, value = "command line", token.partition("=")[2] or next(iter(argv[i + 1 :]), None)
     if not isinstance(value, str) or value not in choices:
-        raise RecipeError(f"{origin}: key '{name}': expected one of {', '.join(choices)}, found {_shown(value)}")
+        raise RecipeError(f"{origin}: key '{name}': expected one of {', '.join(choices)}, found {shown(value)}")
     return value
 
 
@@ -254,7 +253,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except (RecursionError, ValueError) as error:  # nested without end, not UTF-8, digits without end
         raise RecipeError(f"{path}: expected flat JSON in UTF-8, found {_one_line(error)}") from error
     if not isinstance(values, dict):
-        raise RecipeError(f"{path}: expected a JSON object, found {_shown(values)}")
+        raise RecipeError(f"{path}: expected a JSON object, found {shown(values)}")
     for name, value in values.items():
         if name.endswith("_token") or _SECRET.search(json.dumps(value, ensure_ascii=False)):
             raise RecipeError(
@@ -285,71 +284,18 @@ def _check_key(origin: str, name: str, value: Any, owners: dict[str, type]) -> N
     if name not in owners:
         nearest = difflib.get_close_matches(name, owners, n=1, cutoff=0.0)
         raise RecipeError(_one_line(f"{origin}: unknown; did you mean '{nearest[0]}'?"))
-    hint = get_type_hints(owners[name])[name]
-    if not _matches(value, hint):
-        allowed = out_of_range(owners[name], name, -math.inf)
-        expected = f"{_described(hint)} {allowed}" if allowed else _described(hint)
-        raise RecipeError(f"{origin}: expected {expected}, found {_shown(value)}")
+    if not matches(value, type_hints(owners[name])[name]):
+        raise RecipeError(f"{origin}: expected {expected_value(owners[name], name)}, found {shown(value)}")
     _check_range(origin, name, value, owners[name])
 
 
 def _check_range(origin: str, name: str, value: Any, owner: type) -> None:
     if isinstance(value, int) and abs(value) > MAX_INTEGER:
-        raise RecipeError(f"{origin}: expected a number below 2^63, found {_shown(value)}")
+        raise RecipeError(f"{origin}: expected a number below 2^63, found {shown(value)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise RecipeError(f"{origin}: expected a finite number, found {value}")
-    if (allowed := out_of_range(owner, name, value)) is not None:
-        raise RecipeError(
-            f"{origin}: expected {_described(get_type_hints(owner)[name])} {allowed}, found {_shown(value)}"
-        )
-
-
-def _is_union(hint: Any) -> bool:
-    return get_origin(hint) in (Union, types.UnionType)
-
-
-def _matches(value: Any, hint: Any) -> bool:
-    """Whether a JSON value has the type of a field, without any conversion."""
-    if hint is Any:
-        return True
-    if _is_union(hint):
-        enums = [h for h in get_args(hint) if isinstance(h, type) and issubclass(h, Enum)]
-        if enums and isinstance(value, str):
-            return any(_matches(value, h) for h in enums)
-        return any(_matches(value, h) for h in get_args(hint))
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if hint is None or hint is type(None):
-        return value is None
-    origin = get_origin(hint) or hint
-    if origin is list:
-        items = get_args(hint) or (Any,)
-        return isinstance(value, list) and all(_matches(v, items[0]) for v in value)
-    if isinstance(origin, type) and issubclass(origin, Enum):
-        return value in [member.value for member in origin]
-    if origin is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if origin is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(origin, type) and isinstance(value, origin)
-
-
-def _described(hint: Any) -> str:
-    if _is_union(hint):
-        return " or ".join(_described(h) for h in get_args(hint) if h is not type(None))
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}"
-    origin = get_origin(hint) or hint
-    if origin is list:
-        return f"a list, each item {_described((get_args(hint) or (Any,))[0])}"
-    if isinstance(origin, type) and issubclass(origin, Enum):
-        return f"one of {', '.join(str(member.value) for member in origin)}"
-    return _ARTICLES.get(origin, getattr(origin, "__name__", str(origin)))
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
+    if out_of_range(owner, name, value) is not None:
+        raise RecipeError(f"{origin}: expected {expected_value(owner, name)}, found {shown(value)}")
 
 
 def _one_line(error: BaseException | str) -> str:

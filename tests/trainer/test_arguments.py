@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import TrainingArguments, training_args
 
-from hf_ihb import arguments
-from hf_ihb.arguments import RunArguments, SupervisedTrainingArguments
+from hf_ihb.config.recipe import parse_recipe
+from hf_ihb.config.run import RunArguments
 from hf_ihb.errors import RecipeError
-from hf_ihb.recipe import parse_recipe
 from hf_ihb.run import batch_note, open_run
+from hf_ihb.trainer import arguments
+from hf_ihb.trainer.arguments import SupervisedTrainingArguments
 
 
 @pytest.fixture

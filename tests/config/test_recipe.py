@@ -10,23 +10,21 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
-from hf_ihb.arguments import (
-    TRAINING_RANGES,
-    AnalysisArguments,
-    AugmentationArguments,
-    DataArguments,
-    EvaluationArguments,
+from hf_ihb.config.augmentation import AugmentationArguments
+from hf_ihb.config.data import DataArguments
+from hf_ihb.config.fields import TRAINING_RANGES
+from hf_ihb.config.measure import AnalysisArguments, EvaluationArguments
+from hf_ihb.config.model import ModelArguments, TeacherArguments
+from hf_ihb.config.recipe import MAX_RECIPE_BYTES, parse_models, parse_recipe, peek, read_recipe, recipe_path
+from hf_ihb.config.run import RunArguments
+from hf_ihb.errors import RecipeError
+from hf_ihb.trainer.arguments import (
     LogitDistillationTrainingArguments,
-    ModelArguments,
-    RunArguments,
     StructuralDistillationTrainingArguments,
     SupervisedTrainingArguments,
-    TeacherArguments,
 )
-from hf_ihb.errors import RecipeError
-from hf_ihb.recipe import MAX_RECIPE_BYTES, parse_models, parse_recipe, peek, read_recipe, recipe_path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMON = (RunArguments, DataArguments, AugmentationArguments, ModelArguments)
 TRAIN = (*COMMON, SupervisedTrainingArguments)
 METHODS = {"logits": LogitDistillationTrainingArguments, "structural": StructuralDistillationTrainingArguments}
