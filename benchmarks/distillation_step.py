@@ -169,7 +169,7 @@ def make_ways(bench: Bench, steps: int) -> dict[str, Callable[[], None]]:
 
     def ask() -> None:
         for _ in range(steps):
-            logits._teacher_logits({"pixel_values": stored["pixel_values"].to(logits.args.device)}, None)
+            logits.teacher_side.logits({"pixel_values": stored["pixel_values"].to(logits.args.device)})
 
     many["teacher's forward alone"] = ask
     many["published way, 224 px"] = stepper(bench.structural(224, PublishedWay, **KEYS), stored, 1)

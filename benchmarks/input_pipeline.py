@@ -21,12 +21,12 @@ from side_by_side import RESULTS, bar, bars_table, interleave, ratio, write_resu
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from hf_ihb.augment import Augmenter
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.config.data import DataArguments
 from hf_ihb.data import ImageSplit, collate_images, load_image_split
 from hf_ihb.models.processing import PixelFormat
 from hf_ihb.report import markdown_table
-from hf_ihb.views import Augmenter
 
 BASIC = {"random_crop_padding": 4, "horizontal_flip": 0.5}
 OURS = {

@@ -19,16 +19,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hf_ihb.augment import Augmenter, class_targets
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.config.model import ModelArguments
 from hf_ihb.functional.gram import gram_width, unpack_gram
-from hf_ihb.losses import StructuralLoss, TokenPair, task_loss
+from hf_ihb.functional.logits import task_loss
+from hf_ihb.functional.resampling import Resampler
+from hf_ihb.methods.cka import CKA
 from hf_ihb.models.module import StudentModule
 from hf_ihb.models.processing import PixelFormat
 from hf_ihb.models.student import build_student
 from hf_ihb.report import markdown_table
-from hf_ihb.trainer.structural import Resampler
-from hf_ihb.views import Augmenter, class_targets
+from hf_ihb.step import Step, TeacherOutputs, TeacherTokens
 
 ROOT = Path(__file__).parents[1]
 MEAN, STD, SIZE = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26), (32, 32)
@@ -93,7 +95,7 @@ def count(mode: FakeTensorMode, batch_size: int, augmentation: AugmentationArgum
             return stored.index_select(0, rows), labels[rows]
 
         augmenter = Augmenter(augmentation, 0, MEAN, fetch, len(stored))
-        pixels, loss = PixelFormat(MEAN, STD, SIZE), StructuralLoss(center_positions=True)
+        pixels, loss = PixelFormat(MEAN, STD, SIZE), CKA(cka_weight=1.0)
         for turn in range(2):
             kernels = Kernels()
             with kernels:
@@ -113,8 +115,8 @@ def count(mode: FakeTensorMode, batch_size: int, augmentation: AugmentationArgum
                     rows = cache[index].split(gram_width(64), dim=1)
                     move = Resampler(views.affine)
                     known = [move(unpack_gram(row, 64), (8, 8), (8, 8)) for row in rows]
-                    pairs = [TokenPair(mine, *one) for mine, one in zip(outputs.features, known, strict=True)]
-                    loss({"cka": pairs}, views.unmixed)
+                    teacher = TeacherOutputs(layers={"centered": [TeacherTokens(*one) for one in known]})
+                    loss.loss(outputs, Step(seen, teacher=teacher, unmixed=views.unmixed))
     return kernels
 
 

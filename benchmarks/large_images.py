@@ -30,13 +30,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
+from hf_ihb.augment import Augmenter
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.config.data import DataArguments
 from hf_ihb.data import StoredSplit, collate_images, load_image_split
 from hf_ihb.models.processing import PixelFormat
 from hf_ihb.report import markdown_table
-from hf_ihb.teacher_cache import Layout
-from hf_ihb.views import Augmenter
+from hf_ihb.trainer.teacher_cache import Layout
 
 SIDE = 224
 QUALITY = 90

@@ -76,12 +76,19 @@ def load_module(module: nn.Module, directory: Path) -> None:
         heads = load_file(directory / HEADS_FILE)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{directory / HEADS_FILE}: the student-side heads cannot be read ({error})") from error
+    heads = {_name_today(name): tensor for name, tensor in heads.items()}
     shapes = {k: tuple(v.shape) for k, v in heads.items()}
     if shapes != {k: tuple(v.shape) for k, v in expected.items()}:
         raise CheckpointError(f"{directory / HEADS_FILE}: expected heads {sorted(expected)}, found {sorted(heads)}")
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(heads[name])
+
+
+def _name_today(name: str) -> str:
+    """A head's tensor as it is called today: there was one place for linear maps, and one for paired heads, before."""
+    name = re.sub(r"^projections\.", "heads.token.", name)
+    return re.sub(r"^paired_heads\.(student|teacher)\.(\w+)\.", r"heads.\2.\1.", name)
 
 
 def save_average(module: nn.Module, checkpoint: Path, state: dict[str, Tensor] | None, record: dict[str, Any]) -> None:

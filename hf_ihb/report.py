@@ -2,10 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from hf_ihb.errors import DataError
+from hf_ihb.methods import methods_of
+from hf_ihb.trainer.arguments import MethodKeys, keys_today
 
 _COLUMNS = (
     "run",
@@ -42,10 +46,9 @@ def learned_from(recipe: dict[str, Any]) -> str:
     teacher = Path(recipe["teacher"]["name"]).name
     if (control := keys.get("teacher_control", "none")) != "none":
         teacher = f"{control} {teacher}"
-    if keys["method"] == "logits":
-        return f"{teacher}: {keys['distillation_type']} logits"
-    losses = [name for name in ("cka", "gram", "token", "relation") if keys.get(f"{name}_weight", 0) > 0]
-    return f"{teacher}: {' + '.join(losses)}"
+    known = {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(MethodKeys)}
+    methods = methods_of(SimpleNamespace(**known | keys_today(keys)))
+    return f"{teacher}: {' + '.join(method.summary() for method in methods)}"
 
 
 def results_table(folders: Sequence[Path]) -> str:

@@ -14,10 +14,10 @@ from transformers import TrainerCallback
 
 from gpu.builds import Builder, read_keys
 from gpu.job import ROOT, Context
+from hf_ihb.augment import Augmenter
+from hf_ihb.augment.color import fixed_shapes
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.config.model import ModelArguments
-from hf_ihb.functional.color import fixed_shapes
-from hf_ihb.views import Augmenter
 
 PROFILED = 5
 WAYS = ("labels", "CKA, cached Gram", "soft logits, live")

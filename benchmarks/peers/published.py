@@ -2,10 +2,8 @@
 
 from typing import Any
 
-from torch import Tensor
-
+from hf_ihb.step import Step
 from hf_ihb.trainer import StructuralDistillationTrainer
-from hf_ihb.views import Views
 
 # Four layers, trainable heads on both sides of each layer of each loss, a teacher at 224 px, activation checkpointing.
 KEYS = {
@@ -26,6 +24,9 @@ KEYS = {
 class PublishedWay(StructuralDistillationTrainer):
     """Asks the teacher twice a step, once for the token and once for the CKA loss, as the study's engine did."""
 
-    def _teacher_answer(self, inputs: dict[str, Any], views: Views | None) -> list[Tensor]:
-        super()._teacher_answer(inputs, views)
-        return super()._teacher_answer(inputs, views)
+    def prepare(self, inputs: dict[str, Any], train: bool) -> Step:
+        """As the trainer's own, and once more what the teacher says."""
+        step = super().prepare(inputs, train)
+        if train:
+            step.teacher = self.teacher_side.outputs(step, shuffled=False)
+        return step

@@ -1,6 +1,7 @@
 """Splits of stored images: in memory, in a file that is mapped into it, or decoded when they are asked for."""
 
 import hashlib
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ class StoredSplit(torch.utils.data.Dataset, ABC):
 
     An item is ``{"pixel_values": uint8 (C, H, W), "labels": int, "index": int}``. A `DataLoader` asks for a whole batch
     at once and gets the stacked dictionary; `collate_images` passes it on. Beside ``index``, which goes where the
-    images go, it has ``rows``: the same as a NumPy array, which stays on the host (`host_index`).
+    images go, it has ``rows``, the same as a NumPy array, which stays on the host (`host_index`), and ``split``,
+    the key of the split: the same of a copy on another device, and of no other split.
 
     Args:
         labels: ``(N,)`` int64 in [0, len(label_names)).
@@ -35,6 +37,7 @@ class StoredSplit(torch.utils.data.Dataset, ABC):
 
     def __init__(self, labels: Tensor, label_names: Sequence[str]) -> None:
         self.labels, self.label_names = labels, list(label_names)
+        self.key = uuid.uuid4().hex
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -51,6 +54,7 @@ class StoredSplit(torch.utils.data.Dataset, ABC):
             "labels": self.labels[index],
             "index": index,
             "rows": index.numpy(),
+            "split": self.key,
         }
 
     @property
@@ -111,7 +115,8 @@ class ImageSplit(StoredSplit):
         rows, index = index.numpy(), onto(self.images.device, index)
         # copies whole rows, where indexing goes byte by byte: a tenth of the time on the CPU
         pixels = self.images.index_select(0, index)
-        return {"pixel_values": pixels, "labels": self.labels[index], "index": index, "rows": rows}
+        labels = self.labels[index]
+        return {"pixel_values": pixels, "labels": labels, "index": index, "rows": rows, "split": self.key}
 
     def select(self, indices: Tensor | np.ndarray) -> "ImageSplit":
         """The rows at `indices`, renumbered from 0; copied into memory."""
@@ -131,6 +136,7 @@ class ImageSplit(StoredSplit):
         if device.type == self.images.device.type and device.index in (None, self.images.device.index):
             return self
         moved = ImageSplit(self.images.to(device), self.labels.to(device), self.label_names)
+        moved.key = self.key
         moved._fingerprint = self._fingerprint
         return moved
 

@@ -16,6 +16,12 @@ from hf_ihb.functional.constants import constant, table
 Interpolation = Literal["nearest", "bilinear"]
 
 
+def identity_affine(batch_size: int, device: torch.device | None = None) -> Tensor:
+    """``(B, 2, 3)`` affine of an image that was not moved."""
+    affine = constant(((1, 0, 0), (0, 1, 0)), torch.device("cpu") if device is None else device)
+    return affine.expand(batch_size, 2, 3)
+
+
 def affine_matrix(
     size: tuple[int, int],
     *,

@@ -1,5 +1,7 @@
 """Distillation through class scores."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,3 +64,13 @@ def hard_distillation_loss(student_logits: Tensor, teacher_logits: Tensor) -> Te
     _check_logits(student_logits, teacher_logits)
     with torch.autocast(student_logits.device.type, enabled=False):
         return F.cross_entropy(_float(student_logits), teacher_logits.argmax(dim=-1))
+
+
+def task_loss(heads: Sequence[Tensor], targets: Tensor) -> Tensor:
+    """Cross-entropy to class probabilities, mean over batch and heads.
+
+    Args:
+        heads: Logits ``(B, K)`` of every head that inference uses.
+        targets: ``(B, K)`` class probabilities.
+    """
+    return torch.stack([F.cross_entropy(logits.float(), targets) for logits in heads]).mean()

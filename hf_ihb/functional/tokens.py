@@ -12,7 +12,7 @@ def resampling_matrix(affine: Tensor, grid: tuple[int, int], output_grid: tuple[
     """Bilinear resampling of a token map as a matrix R, so that tokens become ``R T`` and their Gram ``R G R^T``.
 
     Args:
-        affine: ``(B, 2, 3)``, output to input coordinates as in `hf_ihb.functional.augment`.
+        affine: ``(B, 2, 3)``, output to input coordinates as in `hf_ihb.augment.ops`.
         grid: Rows and columns of the input token map, N tokens.
         output_grid: Rows and columns wanted, M tokens.
 
@@ -71,7 +71,7 @@ def resample_tokens(
     Args:
         tokens: ``(B, N, D)`` patch tokens, row by row, no prefix tokens.
         grid: Rows and columns of the token map, rows * columns = N.
-        affine: ``(B, 2, 3)``, output to input coordinates as in `hf_ihb.functional.augment`.
+        affine: ``(B, 2, 3)``, output to input coordinates as in `hf_ihb.augment.ops`.
         output_grid: Rows and columns wanted; `grid` if None.
 
     Returns:

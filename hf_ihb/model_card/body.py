@@ -13,6 +13,7 @@ from typing import Any, Unpack
 from jinja2 import Environment, StrictUndefined
 
 from hf_ihb.errors import DataError
+from hf_ihb.methods.cka import CKA
 from hf_ihb.model_card import evidence, training
 from hf_ihb.model_card.files import CONFIG_FILE, PROCESSOR_FILE, WEIGHTS_FILE, RunFiles, read_run
 from hf_ihb.model_card.header import CardOptions, answering_accuracy, header_of, title_of
@@ -40,8 +41,13 @@ _SHAPE = {
     "conv_stem": "convolutional stem: {}",
     "layer_scale_init_value": "LayerScale from {}",
 }
-# Method of the list of references -> what an architecture that stands on it has in its name.
-_MARKS = {"deit": "deit", "vit": "vitfor", "convnextv2": "convnextv2", "resnet": "resnet"}
+# What an architecture has in its name -> what it stands on, and its arXiv id.
+_MARKS = {
+    "deit": ("DeiT: Touvron et al., 2021", "2012.12877"),
+    "vitfor": ("ViT: Dosovitskiy et al., 2021", "2010.11929"),
+    "convnextv2": ("ConvNeXt V2: Woo et al., 2023", "2301.00808"),
+    "resnet": ("ResNet: He et al., 2016", "1512.03385"),
+}
 _FILES = {
     CONFIG_FILE: "architecture and class names",
     WEIGHTS_FILE: "weights",
@@ -105,7 +111,7 @@ def _body(run: RunFiles, options: CardOptions) -> str:
         files=[(name, Markdown(_FILES.get(name, "code of the model class"))) for name in run.listed],
         software=_software(run.environment),
         plots={Path(name).stem: Markdown(name) for name in PLOTS if name in run.listed},
-        methods=_methods(run),
+        references=_references(run),
         run=run,
     )
 
@@ -209,17 +215,20 @@ def _software(environment: dict[str, Any]) -> Markdown:
     return Markdown(", ").join(known) or Markdown("version not known")
 
 
-def _methods(run: RunFiles) -> set[str]:
-    """What the run stands on, as the template's list of references calls it."""
-    keys, found = run.keys, set()
-    taught = run.teacher is not None
-    saved = f"{run.config.get('architectures')} {run.config.get('architecture')} {keys['architecture']}".lower()
-    found |= {name for name, mark in _MARKS.items() if mark in saved}
+def _references(run: RunFiles) -> list[tuple[Markdown, Markdown]]:
+    """What the run stands on, each with where to read it: network, methods, teacher, analyses."""
+    saved = f"{run.config.get('architectures')} {run.config.get('architecture')} {run.keys['architecture']}".lower()
+    stands_on = [reference for mark, reference in _MARKS.items() if mark in saved]
+    if "attention" in run.analysis:
+        stands_on = [reference for reference in stands_on if reference != _MARKS["vitfor"]]
+        stands_on.append(("ViT, attention distance (appendix D.7): Dosovitskiy et al., 2021", "2010.11929"))
+    stands_on += [reference for m in run.methods for reference in m.references]
     measured = (run.metrics or {}).get("teacher") or {}
-    if taught and "dinov2" in f"{run.teacher['name']} {measured.get('class')}".lower():
-        found.add("dinov2")
-    if taught and keys["method"] == "logits":
-        found.add("kd" if keys["distillation_type"] == "soft" else "deit")
-    if taught and keys["method"] == "structural":
-        found |= {part for part in ("cka", "gram", "relation") if keys[f"{part}_weight"] > 0}
-    return found | {part for part in ("attention", "cka") if part in run.analysis}
+    if run.teacher is not None and "dinov2" in f"{run.teacher['name']} {measured.get('class')}".lower():
+        stands_on.append(("DINOv2: Oquab et al., 2023", "2304.07193"))
+    if "cka" in run.analysis:
+        stands_on += CKA().references
+    return [
+        (Markdown(text), Markdown(f"[arXiv:{number}](https://arxiv.org/abs/{number})"))
+        for text, number in dict.fromkeys(stands_on)
+    ]

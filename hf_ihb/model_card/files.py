@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from hf_ihb.config.augmentation import AugmentationArguments
@@ -14,17 +15,13 @@ from hf_ihb.config.data import DataArguments
 from hf_ihb.config.model import ModelArguments, TeacherArguments
 from hf_ihb.config.run import RunArguments
 from hf_ihb.errors import DataError
+from hf_ihb.methods import Method, methods_of
 from hf_ihb.records import ANALYSIS_FILE, EVALUATION_FILE, HISTORY_FILE, METRICS_FILE, PLOTS, RECIPE_FILE
 from hf_ihb.redaction import publishable
-from hf_ihb.trainer.arguments import (
-    LogitDistillationTrainingArguments,
-    StructuralDistillationTrainingArguments,
-    SupervisedTrainingArguments,
-)
+from hf_ihb.trainer.arguments import DistillationTrainingArguments, SupervisedTrainingArguments, keys_today
 
 CONFIG_FILE, PROCESSOR_FILE, WEIGHTS_FILE = "config.json", "preprocessor_config.json", "model.safetensors"
 _OBJECTS = (RECIPE_FILE, CONFIG_FILE, PROCESSOR_FILE, EVALUATION_FILE, METRICS_FILE, ANALYSIS_FILE)
-_METHODS = {"logits": LogitDistillationTrainingArguments, "structural": StructuralDistillationTrainingArguments}
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,12 @@ class RunFiles:
     @cached_property
     def training_class(self) -> type:
         """The training arguments of the run."""
-        return _METHODS.get(self.recipe["keys"].get("method"), SupervisedTrainingArguments)
+        return SupervisedTrainingArguments if self.teacher is None else DistillationTrainingArguments
+
+    @cached_property
+    def methods(self) -> list[Method]:
+        """What it learned by from its teacher."""
+        return [] if self.teacher is None else methods_of(SimpleNamespace(**self.keys))
 
     @cached_property
     def argument_classes(self) -> tuple[type, ...]:
@@ -105,7 +107,7 @@ class RunFiles:
     @cached_property
     def keys(self) -> dict[str, Any]:
         """Every key of those dataclasses; one that is younger than the run has its default."""
-        saved, keys = self.recipe["keys"], {}
+        saved, keys = keys_today(self.recipe["keys"]), {}
         for arguments in self.argument_classes:
             keys |= {name: saved.get(name, default) for name, default in defaults_of(arguments).items()}
         return keys

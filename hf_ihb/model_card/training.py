@@ -5,20 +5,22 @@ from typing import Any
 
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.config.fields import flaws_among
+from hf_ihb.methods import METHODS
 from hf_ihb.model_card.files import RunFiles, defaults_of, is_hub_id, is_number
 from hf_ihb.model_card.markdown import EMPTY, Markdown, counted, percent
 from hf_ihb.records import HISTORY_FILE
 from hf_ihb.redaction import LOCAL_PREFIX
-from hf_ihb.trainer.arguments import DistillationTrainingArguments
+from hf_ihb.trainer.arguments import SupervisedTrainingArguments
 
-STRUCTURAL_LOSSES = {"cka": "CKA", "gram": "Gram", "token": "token", "relation": "relation"}
 _CONTROLS = {"none": "", "untrained": "its weights drawn anew", "shuffled": "shown another image of the batch"}
 _VIEWS = {
     "shared": "shown the stored images, its tokens following the student's augmentation",
     "clean": "shown the stored images",
     "identical": "shown the student's augmented images",
 }
-_SCOPES = {"tokens": "the tokens of an image", "pooled": "all tokens of a batch", "images": "the images of a batch"}
+# of a training with a teacher, what changes no number, or is said in a sentence
+_UNSAID = {"teacher_cache_dir", "teacher_dtype", "distillation_warmup_type", "method", "task_loss_weight"}
+_UNSAID |= {"student_layers", "teacher_layers", "teacher_view", "teacher_logits_view"}
 
 
 def called(name: str) -> str:
@@ -47,22 +49,13 @@ def pinned(name: str, revision: str | None, kind: str = "") -> Markdown:
     return named(name, revision, kind) + at
 
 
-def parts_of(run: RunFiles) -> list[str]:
-    """The structural losses that a run learned by."""
-    if run.teacher is None or run.keys["method"] != "structural":
-        return []
-    return [part for part in STRUCTURAL_LOSSES if run.keys[f"{part}_weight"] > 0]
-
-
 def method(run: RunFiles) -> Markdown:
     """What a run with a teacher learned by, in a few words."""
-    if run.keys["method"] == "logits":
-        at = " at temperature {temperature:g}" if run.keys["distillation_type"] == "soft" else ""
-        return Markdown("{kind} logit distillation" + at).format(**run.keys, kind=Markdown("soft" if at else "hard"))
-    losses = [Markdown(STRUCTURAL_LOSSES[part]) for part in parts_of(run)]
-    return Markdown(("a {} loss" if len(losses) == 1 else "{} losses") + " between layers").format(
-        Markdown(" + ").join(losses)
-    )
+    phrases = [Markdown(phrase).format(**run.keys) for m in run.methods if (phrase := m.phrase()) is not None]
+    if losses := [Markdown(m.label) for m in run.methods if m.phrase() is None]:
+        text = Markdown(("a {} loss" if len(losses) == 1 else "{} losses") + " between layers")
+        phrases.append(text.format(Markdown(" + ").join(losses)))
+    return Markdown(" and ").join(phrases)
 
 
 def _loss(run: RunFiles) -> Markdown:
@@ -71,24 +64,13 @@ def _loss(run: RunFiles) -> Markdown:
     label = "cross-entropy on the labels (weight {weight:g}"
     label += ", smoothing {label_smoothing_factor:g})" if keys["label_smoothing_factor"] else ")"
     parts = [label]
-    if run.teacher is not None and keys["method"] == "logits":
-        soft = "temperature² x KL divergence to the teacher's class probabilities at temperature {temperature:g}"
-        hard = "cross-entropy to the teacher's decisions"
-        parts.append((soft if keys["distillation_type"] == "soft" else hard) + " (weight {alpha:g})")
-    texts = {
-        "cka": "(1 - CKA) over {scope} ({cka_kernel} kernel, {cka_estimator} estimator, weight {cka_weight:g})",
-        "gram": "distance between Gram matrices of the tokens (weight {gram_weight:g})",
-        "token": "(1 - cosine) of linearly mapped tokens (weight {token_weight:g})",
-        "relation": "divergence between similarities of the images of a batch (weight {relation_weight:g})",
-    }
-    parts += [texts[part] for part in parts_of(run)]
-    scope = Markdown(_SCOPES[keys["cka_scope"]]) if parts_of(run) else EMPTY
-    return Markdown(" + ").join(Markdown(part).format(**keys, weight=label_weight(run), scope=scope) for part in parts)
+    parts += [m.describe() for m in run.methods]
+    return Markdown(" + ").join(Markdown(part).format(**keys, weight=label_weight(run)) for part in parts)
 
 
 def _layers(run: RunFiles) -> Markdown:
     """Which layers were compared; empty where none were."""
-    if not parts_of(run):
+    if not any(m.needs.layers or m.needs.final for m in run.methods):
         return EMPTY
     students, teachers = run.keys["student_layers"], run.keys["teacher_layers"] or run.keys["student_layers"]
     pairs = [Markdown("{} with {}").format(*pair) for pair in zip(students, teachers, strict=True)]
@@ -99,7 +81,7 @@ def label_weight(run: RunFiles) -> float:
     """Weight of the cross-entropy on the labels."""
     if run.teacher is None:
         return 1.0
-    return 1 - run.keys["alpha"] if run.keys["method"] == "logits" else run.keys["task_loss_weight"]
+    return run.keys["task_loss_weight"] * (1 - (run.keys["alpha"] or 0.0))
 
 
 def flaws(run: RunFiles) -> list[Markdown]:
@@ -122,7 +104,7 @@ def training_rows(run: RunFiles) -> list[tuple[str, Markdown]]:
         "starting weights": keys["model_name_or_path"] and pinned(keys["model_name_or_path"], keys["model_revision"]),
         "loss": _loss(run),
         "layers compared": _layers(run),
-        "other settings of the loss": teacher and _changed(run, run.training_class, DistillationTrainingArguments),
+        "other settings of the loss": teacher and _changed(run, run.training_class, SupervisedTrainingArguments),
         "length": _length(run),
         "batch": _batch(run),
         "optimizer": _optimizer(keys),
@@ -146,7 +128,14 @@ def training_rows(run: RunFiles) -> list[tuple[str, Markdown]]:
 def _teacher_view(run: RunFiles) -> Markdown:
     """What the teacher was, and what it saw."""
     keys, size = run.keys, run.keys["teacher_image_size"]
-    parts = [Markdown(_CONTROLS[keys["teacher_control"]]), Markdown(_VIEWS[keys["teacher_view"]])]
+    views = {}
+    if any(m.needs.layers or m.needs.final for m in run.methods):
+        views["features"] = _VIEWS[keys["teacher_view"]]
+    if any(m.needs.logits for m in run.methods):
+        views["class scores"] = _VIEWS[keys["teacher_logits_view"]]
+    if len(set(views.values())) > 1:
+        views = {what: f"for its {what} {view}" for what, view in views.items()}
+    parts = [Markdown(_CONTROLS[keys["teacher_control"]]), *map(Markdown, dict.fromkeys(views.values()))]
     if size is not None:
         parts.append(Markdown("at {0} x {0} px").format(size))
     return Markdown("").join(Markdown(", ") + part for part in parts if part)
@@ -154,9 +143,7 @@ def _teacher_view(run: RunFiles) -> Markdown:
 
 def _changed(run: RunFiles, arguments: type, base: type = object) -> Markdown:
     """Keys of a dataclass, but not of its base, that differ from their defaults and are not in a sentence already."""
-    said = {"alpha", "temperature", "distillation_type", "cka_scope", "cka_kernel", "cka_estimator", "task_loss_weight"}
-    said |= {"method", "student_layers", "teacher_layers", "teacher_view"}
-    said |= {f"{part}_weight" for part in STRUCTURAL_LOSSES}
+    said = _UNSAID.union(*(m.said for m in METHODS))
     inherited = {f.name for f in fields(base)} if base is not object else set()
     parts = [
         Markdown("{}").format(f"{name}={run.keys[name]}")

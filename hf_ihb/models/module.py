@@ -1,39 +1,13 @@
 """The module that is trained: student and student-side heads as one."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hf_ihb.models.features import extract_features, final_norm
-from hf_ihb.models.heads import PairedHeads
-
-
-@dataclass
-class StudentOutput(ModelOutput):
-    """What losses need of a student.
-
-    Attributes:
-        logits: ``(B, K)`` what the saved model returns; the mean of both heads where it averages them.
-        cls_logits: ``(B, K)`` of the cls head, None with one head.
-        distillation_logits: ``(B, K)`` of the distillation head (the student's or a student-side one), likewise.
-        heads: ``(B, K)`` of each head that inference uses.
-        features: Patch tokens ``(B, N, D)`` of the chosen layers.
-        projected: The same, mapped to the teacher's width by the student-side heads.
-        paired: For each loss and layer what `PairedHeads` made of the tokens of student and teacher.
-        final_tokens: Patch tokens ``(B, N, D)`` of the last block, after the student's final norm.
-    """
-
-    logits: Tensor | None = None
-    cls_logits: Tensor | None = None
-    distillation_logits: Tensor | None = None
-    heads: tuple[Tensor, ...] | None = None
-    features: tuple[Tensor, ...] | None = None
-    projected: tuple[Tensor, ...] | None = None
-    paired: dict[str, tuple[tuple[Tensor, Tensor], ...]] | None = None
-    final_tokens: Tensor | None = None
+from hf_ihb.models.features import FeatureMap, extract_features, final_norm
+from hf_ihb.step import StudentOutput, TeacherOutputs
 
 
 def block_classes(model: nn.Module) -> list[str]:
@@ -54,10 +28,10 @@ class StudentModule(PreTrainedModel):
     Args:
         student: Any image classifier of transformers; it is saved, alone, in its own format.
         layers: 0-based blocks whose patch tokens the forward returns.
-        projections: For each layer a linear map to the teacher's width, or none.
-        paired_heads: The published study's heads on both sides, or none.
+        heads: The student-side head of each method that has one, by its name.
         final_layer: 0-based index of the last block where its normed tokens are wanted.
         distillation_head: Classifier of the distillation token after `final_layer`, for a DeiT that has none on it.
+        attention: Whether the forward returns attention maps.
     """
 
     base_model_prefix = "student"
@@ -70,16 +44,15 @@ class StudentModule(PreTrainedModel):
         self,
         student: PreTrainedModel,
         layers: Sequence[int] = (),
-        projections: Sequence[nn.Module] = (),
-        paired_heads: PairedHeads | None = None,
+        heads: Mapping[str, nn.Module] | None = None,
         final_layer: int | None = None,
         distillation_head: nn.Module | None = None,
+        attention: bool = False,
     ) -> None:
         super().__init__(student.config)
         self.student = student
-        self.layers = tuple(layers)
-        self.projections = nn.ModuleList(projections)
-        self.paired_heads, self.final_layer = paired_heads, final_layer
+        self.layers, self.final_layer, self.attention = tuple(layers), final_layer, attention
+        self.heads = nn.ModuleDict(dict(heads or {}))
         self.distillation_head = distillation_head
         self._no_split_modules = block_classes(student)
 
@@ -87,38 +60,50 @@ class StudentModule(PreTrainedModel):
         """None: FSDP asks for a table of words, and transformers raises where a CNN has none."""
 
     def forward(
-        self, pixel_values: Tensor, teacher_tokens: Mapping[str, Sequence[Tensor]] | None = None
+        self,
+        pixel_values: Tensor,
+        teacher: TeacherOutputs | None = None,
+        masked_pixel_values: Tensor | None = None,
     ) -> StudentOutput:
         """Everything the losses need.
 
         Args:
             pixel_values: ``(B, C, H, W)``, normalised.
-            teacher_tokens: For each loss the teacher's patch tokens ``(B, N, D_t)`` of each layer, for `paired_heads`.
+            teacher: What the teacher says, for the heads of methods; they are left out without it.
+            masked_pixel_values: ``(B, C, H, W)`` of a second forward.
         """
+        output = self._forward_student(pixel_values)
+        if masked_pixel_values is not None:
+            output.masked = self._forward_student(masked_pixel_values)
+        if teacher is not None and len(self.heads):
+            output.method_heads = {name: head(output, teacher) for name, head in self.heads.items()}
+        return output
+
+    def _forward_student(self, pixel_values: Tensor) -> StudentOutput:
         # weights may be half precision without an autocast around them, as DeepSpeed keeps them; most CNNs then take
         # no other pixels
         pixel_values = pixel_values.to(self.student.dtype)
         layers = self.layers if self.final_layer is None else (*self.layers, self.final_layer)
-        outputs, maps = extract_features(self.student, pixel_values, layers)
+        asked = {"output_attentions": True} if self.attention else {}
+        outputs, maps = extract_features(self.student, pixel_values, layers, **asked)
         features = tuple(m.patch_tokens for m in maps[: len(self.layers)])
-        projected = tuple(project(x) for project, x in zip(self.projections, features, strict=False))
-        final = None
-        if self.final_layer is not None:
-            norm = final_norm(self.student)
-            final = maps[-1].tokens if norm is None else norm(maps[-1].tokens)
-        cls_logits, distillation_logits, heads = self._heads(outputs, final)
+        final = None if self.final_layer is None else self._final_tokens(maps[-1])
+        cls_logits, distillation_logits, heads = self._class_scores(outputs, final)
         return StudentOutput(
             logits=outputs.logits,
             cls_logits=cls_logits,
             distillation_logits=distillation_logits,
             heads=heads,
             features=features or None,
-            projected=projected or None,
-            paired=None if teacher_tokens is None else self.paired_heads(features, teacher_tokens),
             final_tokens=None if final is None else final[:, maps[-1].num_prefix_tokens :],
+            attentions=outputs.attentions if self.attention else None,
         )
 
-    def _heads(
+    def _final_tokens(self, feature_map: FeatureMap) -> Tensor:
+        norm = final_norm(self.student)
+        return feature_map.tokens if norm is None else norm(feature_map.tokens)
+
+    def _class_scores(
         self, outputs: ModelOutput, final: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, ...]]:
         """Logits of the cls head, of the distillation head, and of those that inference uses."""

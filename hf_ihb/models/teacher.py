@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from hf_ihb.config.model import TeacherArguments
 from hf_ihb.errors import NumericsError, TeacherMismatchError
@@ -93,8 +94,11 @@ class Teacher:
     def logits(self, pixel_values: Tensor) -> Tensor:
         """``(B, K)`` float32 class scores in the student's class order, of normalised ``(B, C, H, W)`` pixels."""
         pixel_values = self._pixels_as_weights(pixel_values)
-        logits = self.model(pixel_values=pixel_values, **size_arguments(self.model, pixel_values)).logits.float()
-        return logits if self.permutation is None else logits[:, self.permutation]
+        logits = self.model(pixel_values=pixel_values, **size_arguments(self.model, pixel_values)).logits
+        return self._in_order(logits)
+
+    def _in_order(self, logits: Tensor) -> Tensor:
+        return logits.float() if self.permutation is None else logits.float()[:, self.permutation]
 
     @torch.no_grad()
     def features(self, pixel_values: Tensor, layers: Sequence[int], apply_norm: bool = False) -> list[FeatureMap]:
@@ -108,17 +112,32 @@ class Teacher:
         Raises:
             TeacherMismatchError: If a layer or the norm does not exist.
         """
+        return self._outputs(pixel_values, layers, apply_norm)[1]
+
+    @torch.no_grad()
+    def logits_and_features(
+        self, pixel_values: Tensor, layers: Sequence[int], apply_norm: bool = False
+    ) -> tuple[Tensor, list[FeatureMap]]:
+        """What `logits` and `features` return, of one forward."""
+        outputs, maps = self._outputs(pixel_values, layers, apply_norm)
+        return self._in_order(outputs.logits), maps
+
+    def _outputs(
+        self, pixel_values: Tensor, layers: Sequence[int], apply_norm: bool
+    ) -> tuple[ModelOutput, list[FeatureMap]]:
         pixel_values = self._pixels_as_weights(pixel_values)
         try:
-            _, maps = extract_features(self.model, pixel_values, layers, **size_arguments(self.model, pixel_values))
+            outputs, maps = extract_features(
+                self.model, pixel_values, layers, **size_arguments(self.model, pixel_values)
+            )
         except ValueError as error:
             raise TeacherMismatchError(f"teacher '{self.name}', key 'teacher_layers': {error}") from error
         if not apply_norm:
-            return maps
+            return outputs, maps
         norm = final_norm(self.model)
         if norm is None:
             raise TeacherMismatchError(f"teacher '{self.name}', key 'teacher_norm': expected a final norm, found none")
-        return [m._replace(tokens=norm(m.tokens)) for m in maps]
+        return outputs, [m._replace(tokens=norm(m.tokens)) for m in maps]
 
     @torch.no_grad()
     def normed(self, feature_map: FeatureMap) -> FeatureMap:

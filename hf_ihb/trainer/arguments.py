@@ -2,8 +2,8 @@
 
 import functools
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,8 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import is_torch_tf32_available
 
 from hf_ihb.config.augmentation import AugmentationArguments
-from hf_ihb.config.fields import AT_LEAST_ONE, FRACTION, FRACTION_BELOW_ONE, NON_NEGATIVE, POSITIVE, Checked, Range, key
+from hf_ihb.config.fields import AT_LEAST_ONE, FRACTION_BELOW_ONE, NON_NEGATIVE, Checked, is_key, key, type_hints
+from hf_ihb.methods import METHODS, Method, SharedKeys, methods_of
 
 
 @dataclass
@@ -135,12 +136,55 @@ class SupervisedTrainingArguments(Checked, TrainingArguments):
             torch.backends.cudnn.allow_tf32 = True
 
 
-@dataclass
-class DistillationTrainingArguments(SupervisedTrainingArguments):
-    """What every distillation shares."""
+def _copies(*classes: type) -> list[tuple[str, Any, Any]]:
+    """Fields of dataclasses, for `make_dataclass`."""
+    return [
+        (f.name, type_hints(cls)[f.name], field(default=f.default, metadata=f.metadata))
+        if f.default_factory is MISSING
+        else (f.name, type_hints(cls)[f.name], field(default_factory=f.default_factory, metadata=f.metadata))
+        for cls in classes
+        for f in fields(cls)
+        if is_key(f)
+    ]
 
-    distillation_warmup_type: Literal["linear", "step"] = key(
-        "linear", "How distillation losses reach their weight over their warm-up epochs."
+
+MethodKeys = make_dataclass("MethodKeys", _copies(SharedKeys, *METHODS), namespace={"__module__": __name__})
+MethodKeys.__doc__ = """The keys of every method of `METHODS`, and those that several share."""
+
+
+@dataclass
+class DistillationTrainingArguments(MethodKeys, SupervisedTrainingArguments):
+    """Learning from a teacher by any set of methods.
+
+    ``loss = task_loss_weight * ((1 - alpha) * CE + alpha * KD) + sum of weight * schedule * method``
+    """
+
+    _argument_group_name = "training with a teacher"
+
+    task_loss_weight: float = key(1.0, "Weight of the cross-entropy on the labels.", within=NON_NEGATIVE)
+    task_heads: Literal["inference", "cls"] = key(
+        "inference",
+        "Heads that the labels teach where alpha is 0 (distilled_heads says it otherwise): those that inference uses, "
+        "or the cls head alone.",
+        published={"cls": "the distillation head stays random and is averaged in at inference"},
+    )
+    teacher_view: Literal["shared", "clean", "identical"] | None = key(
+        None,
+        "What the teacher sees where its features are learned from. 'shared' (if not given): the stored image, and its "
+        "tokens follow the student's crop and flip; 'clean': they do not; 'identical': the student's augmented image.",
+        published={"clean": "student and teacher tokens that are compared look at different places"},
+    )
+    teacher_logits_view: Literal["identical", "clean"] | None = key(
+        None,
+        "What the teacher sees where its class scores are learned from: the student's augmented image ('identical') or "
+        "the stored one ('clean'). If not given, teacher_view with method 'logits', and 'identical' otherwise.",
+    )
+    teacher_cache: Literal["auto", "off", "logits", "tokens", "gram"] = key(
+        "auto",
+        "Ask the teacher once for each training image, where it sees the stored one, and keep on disk its scores "
+        "('logits'), its tokens ('tokens') or their inner products ('gram', enough for CKA and Gram losses over tokens "
+        "and far smaller), each with the scores where they are learned from too; ask in every step ('off'); or the "
+        "smallest that will do, where it saves teacher forwards ('auto').",
     )
     teacher_cache_dir: str | None = key(
         None, "Folder of teacher caches, shared by runs; 'hf_ihb/teacher_cache' in HF_HOME if not given."
@@ -149,191 +193,91 @@ class DistillationTrainingArguments(SupervisedTrainingArguments):
         "auto", "Precision of the teacher's weights; 'auto': bfloat16 where training runs in it, float32 elsewhere."
     )
 
-
-@dataclass
-class LogitDistillationTrainingArguments(DistillationTrainingArguments):
-    """Cross-entropy on the cls head, distillation on the distillation head (on the same head where there is one)."""
-
-    _argument_group_name = "training (method: logits)"
-
-    method: Literal["logits"] = key("logits", "Learn from the teacher's class scores.")
-    alpha: float = key(
-        0.5,
-        "Weight of the distillation loss (with a schedule: at the end); the task loss gets 1 - alpha.",
-        within=FRACTION,
-    )
-    alpha_schedule: Literal["constant", "linear", "cosine"] = key(
-        "constant", "How alpha goes from alpha_start to alpha between the warm-up and the end of training."
-    )
-    alpha_start: float = key(0.0, "Where a linear or cosine alpha_schedule begins.", within=FRACTION)
-    distilled_heads: Literal["distillation", "both"] = key(
-        "distillation",
-        "'distillation': labels teach the cls head and the teacher the distillation head; 'both': both teach both.",
-    )
-    temperature: float = key(1.0, "Softmax temperature of student and teacher.", within=POSITIVE, unit="dimensionless")
-    distillation_type: Literal["soft", "hard"] = key(
-        "soft", "'soft': temperature^2 x KL divergence; 'hard': cross-entropy to the teacher's decision."
-    )
-    distillation_warmup_epochs: float = key(
-        0.0, "Epochs over which alpha rises from 0 (see distillation_warmup_type).", within=NON_NEGATIVE, unit="epochs"
-    )
-    teacher_view: Literal["identical", "clean"] = key(
-        "identical", "The teacher sees the student's augmented image ('identical') or the stored one ('clean')."
-    )
-    teacher_cache: Literal["auto", "off", "logits"] = key(
-        "auto",
-        "Ask the teacher once for each training image and keep its scores on disk ('logits', if teacher_view is "
-        "'clean'), in every step ('off'), or whichever needs fewer teacher forwards ('auto').",
-    )
-
     def __post_init__(self) -> None:
+        if self.alpha is None:
+            self.alpha = 0.5 if self.method == "logits" else 0.0
         super().__post_init__()
-        if self.teacher_cache == "logits" and self.teacher_view == "identical":
+        on = methods_of(self)  # each refuses what contradicts among its keys, those that are off as well
+        if not on:
+            weights = ", ".join(f"'{f.name}'" for f in fields(MethodKeys) if f.name.endswith("_weight"))
+            raise ValueError(f"keys 'alpha', {weights}: expected one of them to be > 0, found 0")
+        self._choose_views(by_features=any(m.needs.layers or m.needs.final for m in on))
+        self._check_cache(on)
+
+    def _choose_views(self, *, by_features: bool) -> None:
+        if self.teacher_logits_view is None:
+            inherited = self.teacher_view if self.method == "logits" else None
+            if inherited == "shared" and not by_features:
+                raise ValueError(
+                    "key 'teacher_view': expected 'identical' or 'clean' with method 'logits', found 'shared': class "
+                    "scores have no places that could follow the student's"
+                )
+            self.teacher_logits_view = inherited if inherited in ("identical", "clean") else "identical"
+            if not by_features:
+                self.teacher_view = None
+        self.teacher_view = self.teacher_view or "shared"
+
+    def _check_cache(self, on: list[Method]) -> None:
+        kind, features = self.teacher_cache, [m for m in on if m.needs.layers or m.needs.final]
+        if kind in ("auto", "off"):
+            return
+        if (kind == "logits") == bool(features):
+            learned = "features" if features else "class scores"
+            allowed = "'tokens', 'gram'" if features else "'logits'"
             raise ValueError(
-                "keys 'teacher_cache' and 'teacher_view' contradict: the teacher sees a new image in every epoch, "
-                "expected teacher_view 'clean' or teacher_cache 'off'"
+                f"key 'teacher_cache': expected {allowed}, 'auto' or 'off' where {learned} are learned from, found "
+                f"'{kind}'"
+            )
+        name, stored = ("teacher_view", "'shared' or 'clean'") if features else ("teacher_logits_view", "'clean'")
+        if getattr(self, name) == "identical":
+            raise ValueError(
+                f"keys 'teacher_cache' and '{name}' contradict: the teacher sees a new image in every epoch, expected "
+                f"{name} {stored}, or teacher_cache 'off'"
+            )
+        if kind == "gram" and (because := tokens_because(on)) is not None:
+            raise ValueError(
+                f"keys 'teacher_cache' and '{because}' contradict: inner products of an image's tokens are not enough, "
+                "expected teacher_cache 'tokens'"
             )
 
     def check_with(self, others: Iterable[Any]) -> None:
         """Refuses what contradicts other arguments of the run.
 
         Raises:
-            ValueError: If the teacher would see a clean image where the student sees two mixed ones.
+            ValueError: If the teacher would score a clean image where the student sees two mixed ones.
         """
-        if self.teacher_view == "clean" and any(isinstance(o, AugmentationArguments) and o.mixes for o in others):
+        mixes = any(isinstance(other, AugmentationArguments) and other.mixes for other in others)
+        learns = any(method.needs.logits for method in methods_of(self))
+        if learns and mixes and self.teacher_logits_view == "clean":
             raise ValueError(
-                "keys 'teacher_view' and 'mixup_alpha' or 'cutmix_alpha' contradict: a clean view is not mixed"
+                "keys 'teacher_logits_view' and 'mixup_alpha' or 'cutmix_alpha' contradict: a clean view is not mixed"
             )
+
+
+def tokens_because(methods: Iterable[Method]) -> str | None:
+    """The key because of which inner products within an image are not all that some methods need of the teacher."""
+    return next((m.needs.because for m in methods if m.needs.because is not None), None)
+
+
+def keys_today(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of a run folder as they are called today: a run of the version before had one view for all methods."""
+    keys = dict(keys)
+    if keys.get("method") == "logits" and "teacher_logits_view" not in keys:
+        keys["teacher_logits_view"], keys["teacher_view"] = keys.get("teacher_view", "identical"), "shared"
+    if keys.get("method") == "structural":
+        keys.setdefault("alpha", 0.0)
+    return keys
+
+
+@dataclass
+class LogitDistillationTrainingArguments(DistillationTrainingArguments):
+    """`DistillationTrainingArguments` with the defaults of learning from class scores: alpha is 0.5."""
+
+    method: Literal["logits", "structural"] | None = key("logits", "Selects defaults alone: alpha is 0.5.")
 
 
 @dataclass
 class StructuralDistillationTrainingArguments(DistillationTrainingArguments):
-    """Task loss plus CKA, Gram and token losses between blocks of student and teacher."""
+    """`DistillationTrainingArguments` with the defaults of learning from features: alpha is 0."""
 
-    _argument_group_name = "training (method: structural)"
-
-    method: Literal["structural"] = key("structural", "Learn from the structure of the teacher's features.")
-    task_loss_weight: float = key(1.0, "Weight of the cross-entropy on the labels.", within=NON_NEGATIVE)
-    cka_weight: float = key(0.0, "Weight of 1 - CKA.", within=NON_NEGATIVE)
-    gram_weight: float = key(0.0, "Weight of the distance of token similarity matrices.", within=NON_NEGATIVE)
-    token_weight: float = key(
-        0.0,
-        "Weight of 1 - cosine of linearly mapped student tokens and standardised teacher tokens.",
-        within=NON_NEGATIVE,
-    )
-    relation_weight: float = key(
-        0.0,
-        "Weight of the divergence between the similarities of each image to the others of the batch (mean tokens of "
-        "the student's last block and of the deepest of teacher_layers, each after its model's final norm).",
-        within=NON_NEGATIVE,
-    )
-    cka_warmup_epochs: float = key(0.0, "Warm-up of cka_weight.", within=NON_NEGATIVE, unit="epochs")
-    gram_warmup_epochs: float = key(0.0, "Warm-up of gram_weight.", within=NON_NEGATIVE, unit="epochs")
-    token_warmup_epochs: float = key(0.0, "Warm-up of token_weight.", within=NON_NEGATIVE, unit="epochs")
-    relation_warmup_epochs: float = key(0.0, "Warm-up of relation_weight.", within=NON_NEGATIVE, unit="epochs")
-    student_layers: list[int] = key(
-        [5, 8, 11], "Student blocks whose outputs are compared.", within=NON_NEGATIVE, unit="0-based block index"
-    )
-    teacher_layers: list[int] | None = key(
-        None,
-        "Teacher blocks (CNN: stages), one for each student block; student_layers if not given.",
-        within=NON_NEGATIVE,
-        unit="0-based block index",
-    )
-    cka_scope: Literal["tokens", "pooled", "images"] = key(
-        "tokens",
-        "CKA over the tokens of each image; over all tokens of the batch, pooled; or over its images (mean tokens). "
-        "The batch is that of all processes; gradient accumulation does not widen it.",
-    )
-    cka_estimator: Literal["biased", "debiased", "published"] = key(
-        "debiased",
-        "Estimator of CKA; 'published' is the biased one of L2-normalised tokens with an absolute epsilon.",
-        published={"published": "the epsilon drowns the value where the tokens of an image are alike"},
-    )
-    cka_kernel: Literal["linear", "rbf"] = key("linear", "Kernel of CKA; 'rbf' not with cka_scope 'pooled'.")
-    rbf_bandwidth: float = key(
-        1.0, "Width of the RBF kernel as a multiple of the median distance.", within=POSITIVE, unit="median distances"
-    )
-    gram_normalization: Literal["mean_square", "published"] = key(
-        "mean_square",
-        "Gram loss: squared differences over N^2 entries, or the published Frobenius norm over N^2.",
-        published={"published": "the loss is about 0.001 and has no gradient to speak of"},
-    )
-    relation_temperature: float = key(
-        0.1, "Softmax temperature of the relation loss.", within=POSITIVE, unit="dimensionless"
-    )
-    relation_include_self: bool = key(
-        False,
-        "Relation loss: keep each image's similarity to itself, which is always 1.",
-        published={True: "the softmax is nearly one-hot at the image itself"},
-    )
-    center_positions: bool = key(
-        True,
-        "Remove position codes before CKA and Gram: the mean over the training images from the teacher's tokens, the "
-        "mean over the batch of all processes from the student's.",
-    )
-    teacher_projector: Literal["none", "trainable"] = key(
-        "none",
-        "'trainable': MLP heads on both sides, a pair for each layer of each of the token, CKA and Gram losses.",
-        published={"trainable": "the teacher's heads are trained too, so the loss can be met without any content"},
-    )
-    task_heads: Literal["inference", "cls"] = key(
-        "inference",
-        "Heads that the labels teach: those that inference uses, or the cls head alone.",
-        published={"cls": "the distillation head stays random and is averaged in at inference"},
-    )
-    teacher_norm: bool = key(False, "Apply the teacher's final norm to the output of every block, as DINOv2 does.")
-    teacher_view: Literal["shared", "clean", "identical"] = key(
-        "shared",
-        "'shared': the teacher sees the stored image and its tokens follow the student's crop and flip; 'clean': they "
-        "do not; 'identical': it sees the student's augmented image.",
-        published={"clean": "student and teacher tokens that are compared look at different places"},
-    )
-    teacher_statistics_samples: int = key(
-        1024, "Training images from which the teacher's feature statistics are taken.", within=Range(2), unit="images"
-    )
-    teacher_cache: Literal["auto", "off", "tokens", "gram"] = key(
-        "auto",
-        "Ask the teacher once for each training image and keep on disk its tokens ('tokens') or their inner products "
-        "('gram', enough for CKA and Gram losses over tokens and far smaller); ask in every step ('off'); or the "
-        "smallest that will do, where it saves teacher forwards ('auto').",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.teacher_layers is not None and len(self.teacher_layers) != len(self.student_layers):
-            raise ValueError(
-                f"keys 'student_layers' and 'teacher_layers' contradict: expected as many blocks of each, found "
-                f"{self.student_layers} and {self.teacher_layers}"
-            )
-        if not self.student_layers:
-            raise ValueError("key 'student_layers': expected at least one block, found []")
-        if self.teacher_cache in ("tokens", "gram") and self.teacher_view == "identical":
-            raise ValueError(
-                "keys 'teacher_cache' and 'teacher_view' contradict: the teacher sees a new image in every epoch, "
-                "expected teacher_view 'shared' or 'clean', or teacher_cache 'off'"
-            )
-        if self.teacher_cache == "gram" and (need := self.needs_teacher_tokens()) is not None:
-            raise ValueError(
-                f"keys 'teacher_cache' and '{need}' contradict: inner products of an image's tokens are not enough, "
-                "expected teacher_cache 'tokens'"
-            )
-        if self.cka_weight == self.gram_weight == self.token_weight == self.relation_weight == 0:
-            raise ValueError(
-                "keys 'cka_weight', 'gram_weight', 'token_weight' and 'relation_weight': expected one of them to be "
-                "> 0, found 0"
-            )
-        if self.cka_kernel == "rbf" and self.cka_scope == "pooled":
-            raise ValueError("keys 'cka_kernel' and 'cka_scope' contradict: an RBF kernel of all tokens has no room")
-        if self.cka_estimator == "published" and (self.cka_scope == "pooled" or self.cka_kernel == "rbf"):
-            raise ValueError(
-                "keys 'cka_estimator' and 'cka_scope' contradict: 'published' compares tokens or images, linearly"
-            )
-
-    def needs_teacher_tokens(self) -> str | None:
-        """The key because of which inner products within an image are not all that the losses need of the teacher."""
-        if self.teacher_projector == "trainable":
-            return "teacher_projector"
-        if self.cka_weight > 0 and self.cka_scope != "tokens":
-            return "cka_scope"
-        return next((f"{name}_weight" for name in ("token", "relation") if getattr(self, f"{name}_weight") > 0), None)
+    method: Literal["logits", "structural"] | None = key("structural", "Selects defaults alone: alpha is 0.")

@@ -234,7 +234,8 @@ class Averaging(TrainerCallback):
         if hasattr(self._loader, "set_epoch"):  # the same order however often it was read
             self._loader.set_epoch(0)
         for inputs in self._loader:
-            yield trainer._student_view(trainer._prepare_inputs(inputs), train=True)[0]
+            inputs = trainer._prepare_inputs(inputs)
+            yield trainer.batches.step(inputs, True, trainer.epoch, trainer.train_dataset).pixel_values
 
     # ---- Checkpoints ----
 

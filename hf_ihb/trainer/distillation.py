@@ -1,50 +1,61 @@
-"""What every distillation trainer shares: the frozen teacher, what it sees, and the cache of what it says."""
+"""Learning from a frozen teacher by any set of methods."""
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import DeiTForImageClassification, PreTrainedModel, TrainingArguments
 
-from hf_ihb.data import StoredSplit, host_index, placement
-from hf_ihb.errors import DataError, RecipeError
+from hf_ihb.errors import RecipeError
+from hf_ihb.methods import SharedKeys, methods_of
+from hf_ihb.models.correspondence import Correspondence, correspond
+from hf_ihb.models.module import StudentModule
 from hf_ihb.models.processing import pixel_format
 from hf_ihb.models.teacher import Teacher
-from hf_ihb.records import library_versions
-from hf_ihb.teacher_cache import Kind, Layout, TeacherCache, cache_root, describe_teacher
+from hf_ihb.step import Step, StudentOutput
 from hf_ihb.trainer.arguments import DistillationTrainingArguments
+from hf_ihb.trainer.collectives import stack_over_processes, sum_over_processes
+from hf_ihb.trainer.method_losses import method_losses
 from hf_ihb.trainer.supervised import SupervisedTrainer
-from hf_ihb.views import Views
-
-# Relative error between a row of the cache and the same row computed anew: storage and, in bfloat16, kernels that round
-# differently in another batch.
-_TOLERANCES = {torch.float32: 1e-2, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-
-_SHARE_OF_DISK = 0.25  # that 'auto' may take of what is free
+from hf_ihb.trainer.teacher_cache import TeacherCache
+from hf_ihb.trainer.teacher_scores import TeacherScores
+from hf_ihb.trainer.teacher_side import TeacherSide
 
 
 class DistillationTrainer(SupervisedTrainer):
-    """Base of the distillation trainers: owns the frozen teacher, what it sees, and the cache of what it says.
+    """Trains a student by the methods whose weight is above 0.
 
-    Where the teacher sees the stored image, what it says of it is a constant: it is computed once, kept on disk by the
-    image's place in the training set, and read in every step (`teacher_cache`). That needs a training set of stored
-    images, a `StoredSplit`.
+    ``loss = task_loss_weight * ((1 - alpha) * CE + alpha * KD) + sum of weight * schedule * method``
+
+    The teacher is asked once for each distinct view. Where it sees the stored image, what it says is a constant: it is
+    computed once, kept on disk by the image's place in the training set, and read in every step (`teacher_cache`).
+    That needs a training set of stored images, a `StoredSplit`. Under the ``shared`` view the teacher sees the stored
+    image and its tokens are resampled by the student's crop and flip; images that were mixed with another take no part
+    in feature losses then. Nothing trainable stands on the teacher's side, unless `teacher_projector` asks for what the
+    published study did.
+
+    Where class scores are learned from, the teacher is scored before training on the evaluation set (on training images
+    if there is none); at chance it is refused, unless it is the untrained control. Labels then teach the cls head and
+    the teacher the distillation head, or both both (`distilled_heads`); otherwise labels teach the heads that
+    `task_heads` names. A `DeiTForImageClassification` has a distillation token and no head on it: it gets a
+    student-side one, which is never part of the saved student; not with ``distilled_heads='both'``, where its one head
+    gets both.
 
     A teacher whose `control` is ``shuffled`` sees the next image of the per-device batch in training: pairs are lost,
     the distribution of what it says stays. In evaluation, and where statistics are taken, it sees its own.
 
     Args:
+        model: An image classifier of transformers.
+        args: `DistillationTrainingArguments`.
+        *positional: Further arguments of `SupervisedTrainer`.
         teacher_model: A `Teacher`, or a model of transformers, which is frozen in place.
         teacher_processor: The image processor of a `teacher_model` that is not a `Teacher`; needed for stored images.
-        **kwargs: As in `SupervisedTrainer`. A batch of the user's own may bring ``teacher_pixel_values``; otherwise
-            the teacher sees its ``pixel_values``.
+        **kwargs: Further arguments of `SupervisedTrainer`. A batch of the user's own may bring
+            ``teacher_pixel_values``; otherwise the teacher sees its ``pixel_values``.
     """
 
     arguments_class = DistillationTrainingArguments
-    needs_logits = False
 
     def __init__(
         self,
@@ -58,8 +69,6 @@ class DistillationTrainer(SupervisedTrainer):
         ready = isinstance(teacher_model, Teacher)
         pixels = None if teacher_processor is None else pixel_format(teacher_processor)
         self.teacher = teacher_model if ready else Teacher(teacher_model, pixels)
-        self.teacher_cache: TeacherCache | None = None
-        self._breaks_pairs = False
         if self.teacher.control == "shuffled" and args.per_device_train_batch_size < 2:
             raise RecipeError(
                 "keys 'teacher_control' and 'per_device_train_batch_size' contradict: one image has no next"
@@ -72,32 +81,102 @@ class DistillationTrainer(SupervisedTrainer):
         if self.needs_logits and not ready:
             self.teacher.align_labels(list(self.student.config.id2label.values()))
 
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the teacher's class scores are learned from."""
+        return any(method.needs.logits for method in self.methods)
+
+    @property
+    def teacher_cache(self) -> TeacherCache | None:
+        """What is read in the place of the teacher, once it is open."""
+        return self.teacher_side.cache
+
+    def _module(
+        self, student: PreTrainedModel, args: TrainingArguments, first_batch: Callable[[], dict[str, Any]]
+    ) -> StudentModule:
+        super()._module(student, args, first_batch)
+        self.methods = methods_of(args)
+        layers = self._correspond(student, args, first_batch)
+        self.teacher_side = TeacherSide(self, args, self.methods, layers)
+        self.teacher_scores = TeacherScores(self) if self.needs_logits else None
+        self._losses = method_losses(self.methods, args)
+        head = self._distillation_head(student, args)
+        heads = {} if layers is None else self._heads(layers, args.seed)
+        final_layer = None if layers is None else layers.final_layer
+        self._has_heads, attention = bool(heads), any(method.needs.attention for method in self.methods)
+        if attention:
+            student.set_attn_implementation("eager")  # others do not return their maps
+        return StudentModule(
+            student,
+            () if layers is None else layers.student_layers,
+            heads,
+            final_layer if head is None else student.config.num_hidden_layers - 1,
+            head,
+            attention=attention,
+        )
+
+    def _correspond(
+        self, student: PreTrainedModel, args: TrainingArguments, first_batch: Callable[[], dict[str, Any]]
+    ) -> Correspondence | None:
+        """How the layers of both models fit; None where no method learns from features."""
+        needs = [method.needs for method in self.methods]
+        if not any(need.layers or need.final for need in needs):
+            return None
+        device = next(student.parameters()).device
+        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in first_batch().items()}
+        pixels = batch["pixel_values"]
+        other = batch.get("teacher_pixel_values", pixels)
+        return correspond(
+            student,
+            self.teacher,
+            SharedKeys.of(args),
+            self.batches.step(batch, False, 0.0, None).pixel_values,
+            self.teacher.prepare(other) if other.dtype == torch.uint8 else other,
+            final=any(need.final for need in needs),
+            several_tokens=args.cka_scope == "tokens",
+        )
+
+    def _heads(self, layers: Correspondence, seed: int) -> dict[str, nn.Module]:
+        heads = {}
+        for method in self.methods:
+            # a stream of its own: the student's initialisation must not depend on the losses that are on
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                if (head := method.head(layers.widths)) is not None:
+                    heads[method.name] = head
+        return heads
+
+    def _distillation_head(self, student: PreTrainedModel, args: TrainingArguments) -> nn.Module | None:
+        """The classifier on the distillation token of a student that has none on it."""
+        without = isinstance(student, DeiTForImageClassification)
+        if not (without and self.needs_logits and args.distilled_heads == "distillation"):
+            return None
+        config = student.config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.seed)
+            head = nn.Linear(config.hidden_size, config.num_labels)
+            nn.init.trunc_normal_(head.weight, std=config.initializer_range)
+            nn.init.zeros_(head.bias)
+        return head
+
+    # ---- Training ----
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `SupervisedTrainer.train`, after `prepare_teacher`."""
+        """`SupervisedTrainer.train`, after the teacher was scored and `prepare_teacher`.
+
+        Raises:
+            TeacherMismatchError: If class scores are learned from and the teacher's accuracy is at chance.
+        """
+        if self.teacher_scores is not None:
+            self.teacher_accuracy = self.score_teacher()
         self.prepare_teacher()
         return super().train(*args, **kwargs)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """As `SupervisedTrainer.training_step`; the only place where a ``shuffled`` teacher is."""
-        self._breaks_pairs = self.teacher.control == "shuffled"
-        try:
-            return super().training_step(model, inputs, num_items_in_batch)
-        finally:
-            self._breaks_pairs = False
-
-    def _teacher_pixels(self, inputs: dict[str, Any], views: Views | None) -> Tensor:
-        """What the teacher sees of a batch, normalised."""
-        if "teacher_pixel_values" in inputs:
-            pixels = inputs["teacher_pixel_values"]
-        elif views is not None:
-            identical = self.args.teacher_view == "identical"
-            pixels = self.teacher.prepare(views.seen if identical else views.images)
-        else:
-            pixels = inputs["pixel_values"]
-            pixels = self.teacher.prepare(pixels) if pixels.dtype == torch.uint8 else pixels
-        return pixels.roll(-1, dims=0) if self._breaks_pairs else pixels
-
-    # ---- The cache ----
+    def _begin_training(self) -> None:
+        super()._begin_training()
+        logged = any("teacher_accuracy" in entry for entry in self.state.log_history)
+        if self.teacher_scores is not None and not logged:
+            self.log({"teacher_accuracy": self.teacher_accuracy})
 
     def prepare_teacher(self) -> None:
         """Opens or builds the teacher's cache and takes its statistics, as the arguments ask.
@@ -108,130 +187,69 @@ class DistillationTrainer(SupervisedTrainer):
             RecipeError: If a cache is asked for that cannot serve this training.
             CacheError: If it cannot be written, or does not hold what the teacher says.
         """
-        self.teacher_cache = None
-        cache, reason = self._wanted_cache()
-        if self.args.teacher_cache == "auto" and self.is_world_process_zero():
-            print(f"teacher_cache auto: {'off' if cache is None else cache.layout.kind} ({reason})", flush=True)
-        device = self.args.device
-        # what is drawn in training must not depend on whether the teacher had to be asked before
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            self._open(cache)
+        self.teacher_side.open()
 
-    def _open(self, cache: TeacherCache | None) -> None:
-        self._take_statistics(cache)
-        if cache is not None:
-            cache.open(
-                lambda batches: self._teacher_rows(cache.layout, batches),
-                self.args.per_device_eval_batch_size,
-                tolerance=_TOLERANCES[self._teacher_precision],
-                show=self.is_world_process_zero() and not self.args.disable_tqdm,
-            )
-            cache.place(self.args.device, placement(cache.num_bytes, self.args.device))
-            self.teacher_cache = cache
+    def score_teacher(self) -> float:
+        """Accuracy of the teacher on the evaluation set.
 
-    def _wanted_cache(self) -> tuple[TeacherCache | None, str]:
-        """The cache to read from, if any, and why."""
-        asked = self.args.teacher_cache
-        if asked == "off":
-            return None, "asked for"
-        if (obstacle := self._cache_obstacle()) is not None:
-            if asked != "auto":
-                raise RecipeError(f"key 'teacher_cache': expected 'off', found '{asked}': {obstacle}")
-            return None, obstacle
-        kind = self._smallest_cache() if asked == "auto" else asked
-        layout = self._cache_layout(kind)
-        description = {
-            "teacher": describe_teacher(self.teacher),
-            "precision": f"{self._teacher_precision} on {self.args.device.type}",
-            "images": self.train_dataset.fingerprint(),
-            "versions": library_versions("torch", "transformers", "timm"),
-            **self._cache_description(kind),
-        }
-        cache = TeacherCache(cache_root(self.args.teacher_cache_dir), description, layout, len(self.train_dataset))
-        if asked != "auto":
-            return cache, "asked for"
-        to_go, live = cache.num_rows - cache.written(), self._images_to_see()
-        forwards = f"{to_go:,} teacher forwards instead of {live:,}"
-        if to_go >= live:
-            return None, f"a cache would take {forwards}"
-        if (trouble := cache.trouble(_SHARE_OF_DISK)) is not None:
-            return None, trouble
-        return cache, f"{self._cache_reason(kind)}; {forwards}"
+        Raises:
+            TeacherMismatchError: If it is not above chance by three standard errors and not the untrained control.
+        """
+        return self.teacher_scores.accuracy()
 
-    def _cache_obstacle(self) -> str | None:
-        """Why what the teacher says of a training image is not a constant, or cannot be looked up."""
-        if not isinstance(self.train_dataset, StoredSplit):
-            return "the training set is not one of stored images"
-        if self.args.teacher_view == "identical":
-            return "the teacher sees the student's augmented image, a new one in every epoch"
-        return None
+    def prepare(self, inputs: dict[str, Any], train: bool) -> Step:
+        """Everything a step needs beside the student: what the teacher says, too, where it is learned from."""
+        step = super().prepare(inputs, train)
+        if train:
+            step.teacher = self.teacher_side.outputs(step, shuffled=self.teacher.control == "shuffled")
+            if step.views is not None and self.args.teacher_view != "identical":
+                step.unmixed = step.views.unmixed
+            if self.args.world_size > 1:
+                step.reduce, step.gather = sum_over_processes, stack_over_processes
+        return step
 
-    def _images_to_see(self) -> int:
-        args = self.args
-        if args.max_steps > 0:
-            return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return math.ceil(args.num_train_epochs * len(self.train_dataset))
+    def model_inputs(self, step: Step) -> dict[str, Any]:
+        """What the heads of methods compare with, and the images of a second forward."""
+        if step.teacher is None:
+            return {}
+        inputs: dict[str, Any] = {"teacher": step.teacher} if self._has_heads else {}
+        for method in self.methods:
+            if method.needs.masked:
+                inputs["masked_pixel_values"] = method.masked_pixels(step)
+        return inputs
 
-    @property
-    def _teacher_precision(self) -> torch.dtype:
-        """In which the teacher calculates."""
-        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
-        return mixed or self.teacher.model.dtype
+    def training_losses(self, outputs: StudentOutput, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch, a scalar, and unweighted scalars to log."""
+        task = self.task_loss(self._taught_heads(outputs), outputs, step)
+        losses, components = self._losses(outputs, step), {"task_loss": task}
+        label_term, others = task, []
+        for method in self.methods:
+            value, beside = losses[method.name]
+            components |= beside | {f"{method.name}_loss": value}
+            weight = method.weight(self.epoch, self.num_epochs)
+            # a zero weight multiplies, so that every parameter has a gradient
+            if method.shares_task:
+                label_term = (1 - weight) * task + weight * value
+            else:
+                others.append(weight * value)
+        loss = self.args.task_loss_weight * label_term
+        for term in others:
+            loss = loss + term
+        return loss, components
 
-    @torch.no_grad()
-    def _teacher_rows(self, layout: Layout, batches: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-        """Rows of the cache for batches of training images."""
-        loader = DataLoader(
-            self.train_dataset,
-            batch_sampler=batches,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers if len(batches) > 1 else 0,
-        )
-        for inputs in loader:
-            answer = self._teacher_answer(self._prepare_inputs(inputs), None)
-            yield layout.pack(self._storable(answer, layout.kind))
+    def _taught_heads(self, outputs: StudentOutput) -> tuple[Tensor, ...]:
+        """Logits of the heads that the labels teach."""
+        if outputs.cls_logits is None:
+            return outputs.heads
+        if any(method.shares_task for method in self.methods):
+            both = (outputs.cls_logits, outputs.distillation_logits)
+            return both if self.args.distilled_heads == "both" else both[:1]
+        return (outputs.cls_logits,) if self.args.task_heads == "cls" else outputs.heads
 
-    def _cached_answer(self, inputs: dict[str, Any], views: Views | None) -> list[Any] | None:
-        """What `_teacher_answer` would say of a training batch, from the cache; None if there is none."""
-        if self.teacher_cache is None or views is None:
-            return None
-        index = inputs["index"]
-        device = index.device
-        if self.teacher_cache.device != device:
-            index = torch.from_numpy(host_index(inputs))
-        return self.teacher_cache(index.roll(-1) if self._breaks_pairs else index, device)
-
-    # ---- What a method says about its cache ----
-
-    def _take_statistics(self, cache: TeacherCache | None) -> None:
-        """Takes what the losses need to know of the teacher on the whole training set."""
-
-    def _smallest_cache(self) -> Kind:
-        raise NotImplementedError
-
-    def _cache_layout(self, kind: Kind) -> Layout:
-        raise NotImplementedError
-
-    def _cache_reason(self, kind: Kind) -> str:
-        """Why it is this one."""
-        raise NotImplementedError
-
-    def _cache_description(self, kind: Kind) -> dict[str, Any]:
-        """What determines a row beside teacher, precision and images."""
-        return {}
-
-    def _teacher_answer(self, inputs: dict[str, Any], views: Views | None) -> list[Tensor]:
-        """What the teacher says of a batch, asked live: for each layer ``(B, N, D)``."""
-        raise NotImplementedError
-
-    def _storable(self, answer: list[Tensor], kind: Kind) -> list[Tensor]:
-        """What a row of the cache is packed from."""
-        return answer
-
-
-def spread(dataset: Dataset, count: int) -> Dataset:
-    """`count` items at even distances, so that a set sorted by class is not cut to its first classes."""
-    if not hasattr(dataset, "__len__"):
-        raise DataError("expected a training set with a length, to score the teacher or take its statistics from it")
-    rows = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().unique()
-    return Subset(dataset, rows.tolist())
+    def evaluation_outputs(self, outputs: StudentOutput, step: Step) -> dict[str, Tensor]:
+        """Logits, and for each metric of ours its value for each image ``(B,)``, agreement with the teacher too."""
+        scores = super().evaluation_outputs(outputs, step)
+        if self.teacher_scores is None:
+            return scores
+        agreement = (outputs.logits.argmax(-1) == self.teacher_scores.decisions(step.inputs)).float()
+        return scores | {"teacher_agreement": agreement}

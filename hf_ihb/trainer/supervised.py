@@ -1,39 +1,38 @@
-"""Training on labels, and what every trainer here shares: views, logging, evaluation, strict checkpoints."""
+"""Training on labels, and what every trainer here shares: steps, logs, evaluation, strict checkpoints."""
 
 import contextlib
-import functools
 import inspect
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
-from transformers.trainer_utils import HubStrategy
-from transformers.utils.hub import PushInProgress
 
+from hf_ihb.augment import class_targets
 from hf_ihb.checkpoint import load_module, newest_checkpoint, save_module
 from hf_ihb.config.augmentation import AugmentationArguments
-from hf_ihb.data import ImageSplit, collate_images, host_index, onto, placement, rows_onto
-from hf_ihb.errors import CheckpointError, DataError, NumericsError, RecipeError
-from hf_ihb.functional.color import fixed_shapes
-from hf_ihb.hub import ensure_repo
-from hf_ihb.losses import task_loss
-from hf_ihb.models.module import StudentModule, StudentOutput
+from hf_ihb.data import collate_images
+from hf_ihb.errors import CheckpointError, DataError, RecipeError
+from hf_ihb.functional.logits import task_loss
+from hf_ihb.models.module import StudentModule
 from hf_ihb.models.processing import pixel_format
-from hf_ihb.models.student import TOKEN_PARAMETERS, input_size
+from hf_ihb.models.student import input_size
+from hf_ihb.step import Step, StudentOutput
 from hf_ihb.trainer.arguments import SupervisedTrainingArguments
 from hf_ihb.trainer.averaging import Averaging
+from hf_ihb.trainer.batches import Batches, without_host_values
 from hf_ihb.trainer.callbacks import EarlyStopping, Hooks
+from hf_ihb.trainer.evaluating import EvaluationMetrics, image_scores
+from hf_ihb.trainer.hub_calls import HubCalls
+from hf_ihb.trainer.loss_log import LossLog
+from hf_ihb.trainer.optimization import decayed_parameters, optimizer_settings
 from hf_ihb.trainer.publishing import Publishing
-from hf_ihb.views import Augmenter, Views, class_targets
 
 
 class SupervisedTrainer(Trainer):
@@ -74,16 +73,22 @@ class SupervisedTrainer(Trainer):
             raise TypeError(f"{type(self).__name__} takes {self.arguments_class.__name__}, got {type(args).__name__}")
         data_collator = data_collator or collate_images
         if args.accelerator_config.dispatch_batches:  # the main process hands out tensors, and nothing else
-            data_collator = _without_rows(data_collator)
+            data_collator = without_host_values(data_collator)
         self._pixels = None if processing_class is None else pixel_format(processing_class)
-        self._probe_source = (train_dataset if train_dataset is not None else eval_dataset, data_collator)
+        self.augmentation = augmentation or AugmentationArguments()
+        self.batches = Batches(args, self.augmentation, self._pixels, num_labels=0)
+        self._publishing = Publishing(self)
+        self._hub_calls = HubCalls(self, self._publishing)
+        images = train_dataset if train_dataset is not None else eval_dataset
+
+        def wrap(student: Any) -> StudentModule:
+            return self._module(student, args, lambda: _first_batch(images, data_collator))
+
         if (model_init := kwargs.pop("model_init", None)) is not None:
             takes_trial = len(inspect.signature(model_init).parameters) > 0
-            kwargs["model_init"] = lambda trial=None: self._module(
-                model_init(trial) if takes_trial else model_init(), args
-            )
+            kwargs["model_init"] = lambda trial=None: wrap(model_init(trial) if takes_trial else model_init())
         super().__init__(
-            model=None if model is None else self._module(model, args),
+            model=None if model is None else wrap(model),
             args=args,
             data_collator=data_collator,
             train_dataset=train_dataset,
@@ -92,41 +97,24 @@ class SupervisedTrainer(Trainer):
             **kwargs,
         )
         args.set_float32_precision()
-        # FSDP2 casts the weights of a BatchNorm and not its statistics, which torch refuses together: autocast instead
-        statistics = any(isinstance(part, nn.modules.batchnorm._NormBase) for part in self.model.modules())
-        if statistics and self.is_deepspeed_enabled and self.accelerator.mixed_precision != "no":
-            raise RecipeError(
-                "expected a student without BatchNorm under DeepSpeed, which leaves statistics in float32 beside half "
-                "weights, found one with it; take recipes/accelerate/ddp.yaml, or --mixed_precision no"
-            )
-        self._autocasts = statistics and self.accelerator.is_fsdp2
-        if self._autocasts:
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+        self._autocasts = self._fit_batch_norms()
         # our losses are means over a micro-batch; saying so makes 8 x 4 images equal 32 x 1
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
         self.label_smoother = None  # smoothing is done where labels are mixed
         if args.label_names is None:
             self.label_names = ["labels"]
-        self.augmentation = augmentation or AugmentationArguments()
         if hasattr(args, "check_with"):
             args.check_with([self.augmentation])
-        self._augmenter: Augmenter | None = None
-        self._partners_from: ImageSplit | None = None
-        self._viewed = compiled(self._view, args)
-        self._on_device: dict[int, tuple[ImageSplit, ImageSplit]] = {}
-        self._user_metrics, self.compute_metrics = self.compute_metrics, self._compute_metrics
+        self.compute_metrics = EvaluationMetrics(self.compute_metrics, args.batch_eval_metrics)
         if (user_hook := self.preprocess_logits_for_metrics) is not None:
             self.preprocess_logits_for_metrics = lambda outputs, labels: {
                 **outputs,
                 "logits": user_hook(outputs["logits"], labels),
             }
-        self._metric_sums: dict[str, list[float]] = {}
         self._steps_per_epoch: int | None = None
         self._num_parameters: int | None = None
-        self._reset_window()
-        self._quiet = self.args.disable_tqdm or not self.is_world_process_zero()
-        self._publishing = Publishing(self)
+        self.loss_log = LossLog()
         self._averaging = Averaging(self)
         self.add_callback(self._averaging)
         if args.early_stopping_patience is not None:
@@ -138,14 +126,39 @@ class SupervisedTrainer(Trainer):
         """The model that was passed in."""
         return self.accelerator.unwrap_model(self.model).student
 
-    def _module(self, student: PreTrainedModel, args: TrainingArguments) -> StudentModule:
+    def _module(
+        self, student: PreTrainedModel, args: TrainingArguments, first_batch: Callable[[], dict[str, Any]]
+    ) -> StudentModule:
+        """The module that is trained.
+
+        Args:
+            student: That was passed in.
+            args: Of the training.
+            first_batch: A batch of one image, to see shapes with.
+        """
         if not isinstance(student, PreTrainedModel):
             raise TypeError(f"expected an image classifier of transformers, got {type(student).__name__}")
-        self._num_labels = student.config.num_labels
-        size = input_size(student) or (self._pixels.size if self._pixels else None)
-        if self._pixels is not None:
-            self._pixels = self._pixels._replace(size=size)
+        batches = self.batches
+        batches.num_labels = student.config.num_labels
+        if batches.pixels is not None:
+            batches.pixels = batches.pixels._replace(size=input_size(student) or self._pixels.size)
         return StudentModule(student)
+
+    def _fit_batch_norms(self) -> bool:
+        """Whether the student runs under autocast, though FSDP2 casts its weights.
+
+        FSDP2 casts the weights of a BatchNorm and not its statistics, which torch refuses together.
+        """
+        statistics = any(isinstance(part, nn.modules.batchnorm._NormBase) for part in self.model.modules())
+        if statistics and self.is_deepspeed_enabled and self.accelerator.mixed_precision != "no":
+            raise RecipeError(
+                "expected a student without BatchNorm under DeepSpeed, which leaves statistics in float32 beside half "
+                "weights, found one with it; take recipes/accelerate/ddp.yaml, or --mixed_precision no"
+            )
+        if not (statistics and self.accelerator.is_fsdp2):
+            return False
+        self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+        return True
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """As `Trainer._move_model_to_device`, which is not for sharded models.
@@ -179,7 +192,7 @@ class SupervisedTrainer(Trainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _begin_training(self) -> None:
-        self._reset_window()
+        self.loss_log.reset()
         self._num_parameters = None
         if self.args.world_size > 1:
             # ranks start from one seed; left so, drop path would drop the same rows on each of them
@@ -189,7 +202,7 @@ class SupervisedTrainer(Trainer):
         """As `Trainer.training_step`, counting images."""
         if missing := [key for key in ("pixel_values", "labels") if key not in inputs]:
             raise DataError(f"training batch: expected '{missing[0]}', found {', '.join(inputs)}")
-        self._window_images += len(inputs["labels"]) * self.args.world_size
+        self.loss_log.count_images(len(inputs["labels"]) * self.args.world_size)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -202,171 +215,87 @@ class SupervisedTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Training: the weighted losses. Evaluation: unsmoothed cross-entropy of the logits that inference returns."""
-        pixel_values, views = self._student_view(inputs, train=model.training)
-        arguments = self._forward_arguments(inputs, views, model.training)
+        step = self.prepare(inputs, train=model.training)
         with self.accelerator.autocast() if self._autocasts else contextlib.nullcontext():
-            outputs: StudentOutput = model(pixel_values=pixel_values, **arguments)
-        labels, num_labels = inputs.get("labels"), outputs.logits.shape[1]
+            outputs: StudentOutput = model(pixel_values=step.pixel_values, **self.model_inputs(step))
         if not model.training:
             loss = None
-            if labels is not None:
-                loss = task_loss([outputs.logits], class_targets(labels, num_labels, 0, None))
-            return (loss, self._evaluation_outputs(outputs, inputs)) if return_outputs else loss
-        if views is None:
-            targets = class_targets(labels, num_labels, self.args.label_smoothing_factor, None)
-        else:
-            targets = views.targets
-        loss, components = self.training_losses(outputs, targets, inputs, views)
+            if step.labels is not None:
+                loss = task_loss([outputs.logits], class_targets(step.labels, outputs.logits.shape[1], 0, None))
+            return (loss, self.evaluation_outputs(outputs, step)) if return_outputs else loss
+        loss, components = self.training_losses(outputs, step)
         if outputs.cls_logits is not None:  # a head that no loss uses gets a gradient as well: DDP counts on it
             loss = loss + 0 * (outputs.cls_logits.mean() + outputs.distillation_logits.mean())
-        self._record(loss, components)
+        self.loss_log.record(loss, components)
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
-    def _forward_arguments(self, inputs: dict[str, Any], views: Views | None, train: bool) -> dict[str, Any]:
-        """What the wrapped module's forward takes beside the pixels."""
-        return {}
-
-    def training_losses(
-        self, outputs: StudentOutput, targets: Tensor, inputs: dict[str, Any], views: Views | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a micro-batch and its parts.
+    def prepare(self, inputs: dict[str, Any], train: bool) -> Step:
+        """Everything a step needs beside the student, of a batch on the device.
 
         Args:
-            outputs: Of the student.
-            targets: ``(B, K)`` class probabilities, smoothed and mixed.
             inputs: The batch.
-            views: What was made of stored images; None if the batch brought its own pixels.
-
-        Returns:
-            Scalar loss, and unweighted scalars to log.
+            train: Whether it is augmented, and learned from.
         """
-        task = self._task_loss(outputs.heads, outputs, targets, inputs)
+        return self.batches.step(inputs, train, self.epoch, self.train_dataset)
+
+    def model_inputs(self, step: Step) -> dict[str, Any]:
+        """What the forward of the module takes beside the pixels."""
+        return {}
+
+    def training_losses(self, outputs: StudentOutput, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch, a scalar, and unweighted scalars to log."""
+        task = self.task_loss(outputs.heads, outputs, step)
         return task, {"task_loss": task}
 
-    def _task_loss(self, heads: Sequence[Tensor], outputs: StudentOutput, targets: Tensor, inputs: dict) -> Tensor:
+    def task_loss(self, heads: Sequence[Tensor], outputs: StudentOutput, step: Step) -> Tensor:
+        """What the labels say, by `compute_loss_func` where there is one.
+
+        Args:
+            heads: Logits ``(B, K)`` of the heads that the labels teach.
+            outputs: Of the student.
+            step: Of the micro-batch.
+        """
         if self.compute_loss_func is not None:
-            return self.compute_loss_func(outputs, inputs["labels"], num_items_in_batch=None)
-        return task_loss(heads, targets)
+            return self.compute_loss_func(outputs, step.labels, num_items_in_batch=None)
+        return task_loss(heads, step.targets)
 
     @property
-    def _epoch(self) -> float:
+    def is_quiet(self) -> bool:
+        """Whether this process shows no progress."""
+        return self.args.disable_tqdm or not self.is_world_process_zero()
+
+    @property
+    def epoch(self) -> float:
+        """Epochs trained so far, 0 before training."""
         return self.state.epoch or 0.0
 
     @property
-    def _num_epochs(self) -> float:
+    def num_epochs(self) -> float:
         """Epochs of the whole training, those that `max_steps` makes."""
         if self._steps_per_epoch is None:
             return float(self.args.num_train_epochs)
         return self.state.max_steps / self._steps_per_epoch
 
-    def _student_view(self, inputs: dict[str, Any], train: bool) -> tuple[Tensor, Views | None]:
-        images = inputs["pixel_values"]
-        if images.dtype != torch.uint8:
-            return images, None
-        if self._pixels is None:
-            raise DataError("stored (uint8) images: expected a 'processing_class' with mean and std, found none")
-        if not train:
-            return self._pixels.apply(images), None
-        if inputs.get("index") is None:
-            raise DataError("stored (uint8) images: expected a `StoredSplit` or batches with 'index' to augment")
-        if self._augmenter is None:
-            self._make_augmenter(images)
-        # a number would be compiled into the graph, and that anew in every epoch
-        epoch = torch.full((), int(self._epoch), device=images.device) if self.args.torch_compile else int(self._epoch)
-        return self._viewed(images, inputs["index"], epoch, inputs.get("labels"), self._partners(inputs))
-
-    def _make_augmenter(self, images: Tensor) -> None:
-        split = self._placed(self.train_dataset)
-        fetch, count = None, 0
-        if hasattr(split, "images"):  # any image can be had
-            count = len(split)
-            if split.images.device == images.device:
-
-                def fetch(rows: Tensor) -> tuple[Tensor, Tensor]:
-                    return split.images.index_select(0, rows), split.labels[rows]
-
-            else:
-                self._partners_from = split
-        fill = self._pixels.mean[: images.shape[1]]  # a grey image has one channel where its processor has three
-        self._augmenter = Augmenter(self.augmentation, self.args.seed, fill, fetch, count)
-
-    def _partners(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Mixing partners whose images are on the host, chosen there as well: nothing is asked of the device."""
-        split = self._partners_from
-        if split is None or not self.augmentation.mixes:
-            return None
-        rows, device = torch.from_numpy(host_index(inputs)), inputs["pixel_values"].device
-        rows = self._augmenter.partners_of(rows, int(self._epoch))
-        return onto(device, rows), rows_onto(device, split.images, rows), rows_onto(device, split.labels, rows)
-
-    def _view(
-        self, images: Tensor, index: Tensor, epoch: int | Tensor, labels: Tensor | None, partners: tuple | None
-    ) -> tuple[Tensor, Views]:
-        """What the student sees, and how it came about: one graph where it is compiled."""
-        views = self._augmenter(images, index, epoch, labels, partners)
-        if labels is not None:
-            views.targets = class_targets(labels, self._num_labels, self.args.label_smoothing_factor, views)
-        return self._pixels.apply(views.seen), views
-
-    def _record(self, loss: Tensor, components: dict[str, Tensor]) -> None:
-        """Adds up what is logged, on the device: nothing is waited for."""
-        values = torch.stack([value.detach().float() for value in (loss, *components.values())])
-        self._component_sums = values if self._component_sums is None else self._component_sums + values
-        self._component_names = tuple(components)
-        self._component_count += 1
-
     def _check_finite(self) -> None:
-        """Raises if a loss since the last log was NaN or Inf: sums keep them.
-
-        On a CPU this is asked in every step, before the weights are changed. On an accelerator asking means waiting for
-        it, so it is asked where one waits anyway: before something is logged, evaluated or saved.
-        """
-        if self._component_count == 0:
-            return
-        total, *parts = (self._component_sums / self._component_count).tolist()
-        if math.isfinite(total):
-            return
-        means = ", ".join(f"{n} {v:.4g}" for n, v in zip(self._component_names, parts, strict=True))
-        raise NumericsError(
-            f"step {self.state.global_step + 1}: expected a finite loss, found NaN or Inf (means since the last "
-            f"log: {means}); the last checkpoint in {self.args.output_dir} is good"
-        )
-
-    def _reset_window(self) -> None:
-        self._component_sums: Tensor | None = None
-        self._component_names: tuple[str, ...] = ()
-        self._component_count = 0
-        self._window_images = 0
-        self._window_start = time.perf_counter()
+        self.loss_log.check_finite(self.state.global_step, self.args.output_dir)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`; training logs get every loss component and the images per second since the last one."""
-        if "loss" in logs and self._component_count:
+        if "loss" in logs:
             self._check_finite()
-            means = self.accelerator.reduce(self._component_sums[1:] / self._component_count, "mean").tolist()
-            logs.update(sorted(zip(self._component_names, means, strict=True)))
-            logs["images_per_second"] = round(self._window_images / (time.perf_counter() - self._window_start), 1)
-            self._reset_window()
+            logs.update(self.loss_log.read(self.accelerator.reduce))
         super().log(logs, start_time)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Parameters with weight decay: no norms, biases, tokens or positions, unless `weight_decay_scope` is 'all'."""
         if self.args.weight_decay_scope == "all":
             return [name for name, _ in model.named_parameters()]
-        # a ConvNeXt V2 keeps the vectors of its response normalisation as (1, 1, 1, C)
-        vectors = {n for n, p in model.named_parameters() if p.ndim < 2 or (p.ndim > 2 and p.numel() == p.shape[-1])}
-        names = super().get_decay_parameter_names(model)
-        return [n for n in names if n not in vectors and n.rsplit(".", 1)[-1] not in TOKEN_PARAMETERS]
+        return decayed_parameters(model, super().get_decay_parameter_names(model))
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
         """As `Trainer.get_optimizer_cls_and_kwargs`; ``optim_args`` reach SGD too (``momentum=0.9,nesterov=true``)."""
-        optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        if optimizer is torch.optim.SGD and args.optim_args:
-            given = dict(pair.split("=") for pair in args.optim_args.replace(" ", "").split(","))
-            nesterov = given.pop("nesterov", "false").lower() == "true"
-            kwargs |= {"nesterov": nesterov, **{name: float(value) for name, value in given.items()}}
-        return optimizer, kwargs
+        return optimizer_settings(args, model)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
         """As `Trainer.set_initial_training_values`; keeps the optimizer steps of an epoch for the schedules."""
@@ -393,8 +322,8 @@ class SupervisedTrainer(Trainer):
         """
         dataset = self.train_dataset
         try:
-            self.train_dataset = self._placed(dataset)
-            with self._loading(self.train_dataset):
+            self.train_dataset = self.batches.place(dataset)
+            with self.batches.loading(self.train_dataset):
                 loader = super().get_train_dataloader()
         finally:
             self.train_dataset = dataset
@@ -403,59 +332,25 @@ class SupervisedTrainer(Trainer):
             raise DataError(f"0 steps: {len(self.train_dataset)} training images do not fill one batch of {batch}")
         return loader
 
-    def _placed(self, dataset: Any) -> Any:
-        """Stored images on the accelerator, where they fit; any other data set as it is."""
-        if not isinstance(dataset, ImageSplit):
-            return dataset
-        if id(dataset) not in self._on_device:
-            fits = placement(dataset.images.nbytes, self.args.device) == "device"
-            self._on_device[id(dataset)] = (dataset, dataset.to(self.args.device) if fits else dataset)
-        return self._on_device[id(dataset)][1]
-
-    @contextlib.contextmanager
-    def _loading(self, dataset: Any, *, every_image: bool = False) -> Iterator[None]:
-        """Loader settings that fit the data.
-
-        Images on an accelerator are gathered there, by this process, and need no pinning. `dataloader_drop_last` is
-        about training; stock Trainer drops evaluation images by it as well.
-        """
-        args, changed = self.args, {"dataloader_drop_last": False} if every_image else {}
-        if isinstance(dataset, ImageSplit) and dataset.images.device.type != "cpu":
-            changed |= {"dataloader_num_workers": 0, "dataloader_pin_memory": False}
-            changed |= {"dataloader_prefetch_factor": None, "dataloader_persistent_workers": False}
-        before = {name: getattr(args, name) for name in changed}
-        try:
-            vars(args).update(changed)
-            yield
-        finally:
-            vars(args).update(before)
-
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As `Trainer.get_eval_dataloader`, over every image."""
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
-        dataset = self._placed(self.eval_dataset if eval_dataset is None else eval_dataset)
-        with self._loading(dataset, every_image=True):
+        dataset = self.batches.place(self.eval_dataset if eval_dataset is None else eval_dataset)
+        with self.batches.loading(dataset, every_image=True):
             return super().get_eval_dataloader(dataset)
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
         """As `Trainer.get_test_dataloader`, over every image."""
-        dataset = self._placed(test_dataset)
-        with self._loading(dataset, every_image=True):
+        dataset = self.batches.place(test_dataset)
+        with self.batches.loading(dataset, every_image=True):
             return super().get_test_dataloader(dataset)
 
     # ---- Evaluation ----
 
-    def _evaluation_outputs(self, outputs: StudentOutput, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """Logits, and for each metric of ours its value for each image."""
-        found = {"logits": outputs.logits}
-        if (labels := inputs.get("labels")) is None:
-            return found
-        labels = labels.argmax(-1) if labels.ndim == 2 else labels
-        heads = {"accuracy": outputs.logits}
-        if outputs.cls_logits is not None:
-            heads |= {"cls_accuracy": outputs.cls_logits, "distillation_accuracy": outputs.distillation_logits}
-        return found | {name: (logits.argmax(-1) == labels).float() for name, logits in heads.items()}
+    def evaluation_outputs(self, outputs: StudentOutput, step: Step) -> dict[str, Tensor]:
+        """Logits, and for each metric of ours its value for each image ``(B,)``."""
+        return image_scores(outputs, step)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -472,27 +367,15 @@ class SupervisedTrainer(Trainer):
         A user's metric may differ between processes; a run that is stopped or saved on one of them alone would hang.
         """
         self._check_finite()
-        started, self._metric_sums, self._eval_dataset = time.perf_counter(), {}, dataloader.dataset
+        started = time.perf_counter()
+        self.compute_metrics.reset()
         with self._averaging.applied():
             output = super().evaluation_loop(dataloader, *args, **kwargs)
         output = output._replace(metrics=broadcast_object_list([output.metrics])[0])
-        self._window_start += time.perf_counter() - started  # not training time
+        self.loss_log.pause(time.perf_counter() - started)
         if isinstance(output.predictions, dict):
             output = output._replace(predictions=output.predictions["logits"])
         return output
-
-    def _compute_metrics(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
-        """Ours, then the user's; called once, or batch by batch with `batch_eval_metrics`."""
-        outputs = dict(prediction.predictions)
-        logits = outputs.pop("logits")
-        for name, values in outputs.items():
-            self._metric_sums.setdefault(name, []).append(np.asarray(torch.as_tensor(values).cpu(), np.float64))
-        metrics = {k: float(np.concatenate(v).mean()) for k, v in self._metric_sums.items()} if compute_result else {}
-        if self._user_metrics is not None:
-            user = EvalPrediction(logits, prediction.label_ids, inputs=prediction.inputs, losses=prediction.losses)
-            more = {"compute_result": compute_result} if self.args.batch_eval_metrics else {}
-            metrics.update(self._user_metrics(user, **more) or {})
-        return metrics
 
     # ---- Checkpoints ----
 
@@ -537,13 +420,7 @@ class SupervisedTrainer(Trainer):
         Raises:
             HubPushError: If not, in one line.
         """
-        if self.is_world_process_zero():
-            self.hub_model_id = ensure_repo(
-                self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
-                private=self.args.hub_private_repo if private is None else private,
-                token=token or self.args.hub_token,
-            )
-            self.push_in_progress = None
+        self._hub_calls.make_repo(token, private)
 
     def create_model_card(
         self,
@@ -613,72 +490,21 @@ class SupervisedTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         self.create_model_card(**kwargs)
-        self._finish_current_push()
-        return self._publishing.push(
-            commit_message=commit_message or "End of training",
-            blocking=blocking,
-            token=token,
-            private=self.args.hub_private_repo if private is None else private,
-            revision=revision or self.args.hub_revision,
-        )
+        return self._hub_calls.push(commit_message or "End of training", blocking, token, revision, private)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        running = self.push_in_progress
-        if running is not None and running.is_done():
-            self._finish_current_push()
-        elif running is not None and not self.args.hub_always_push:
-            return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self.create_model_card()
-        job = self._publishing.push(
-            commit_message=f"Training in progress, step {self.state.global_step}",
-            blocking=False,
-            token=self.args.hub_token,
-            revision=self.args.hub_revision,
-            weights=self._averaging.evaluated(Path(checkpoint_folder)),
-        )
-        self.push_in_progress = self.push_in_progress or PushInProgress([])
-        self.push_in_progress.jobs.append(job)
+        if self.is_world_process_zero():
+            self._hub_calls.push_checkpoint(self._averaging.evaluated(Path(checkpoint_folder)))
 
     def _finish_current_push(self) -> None:
-        # stock Trainer waits for pushes in the background and never looks at how they ended
-        super()._finish_current_push()
-        if getattr(self, "push_in_progress", None) is not None:
-            self._publishing.report_failures(self.push_in_progress.jobs)
-            self.push_in_progress = None
+        self._hub_calls.finish()
 
 
-def compiled(function: Callable, args: TrainingArguments) -> Callable:
-    """A function of tensors, compiled where `torch_compile` asks for it, in the way the model then is.
-
-    Its first arguments go through it uncompiled as well: the small tables it reads are made then
-    (`hf_ihb.functional.constants`), and are not to be a part of its graph.
-    """
-    if not args.torch_compile:
-        return function
-    graph = torch.compile(function, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-    ran = False
-
-    @functools.wraps(function)
-    def call(*given: Any) -> Any:
-        nonlocal ran
-        if not ran:
-            with torch.no_grad(), fixed_shapes():
-                function(*given)
-            ran = True
-        return graph(*given)
-
-    return call
-
-
-def _without_rows(collate: Callable) -> Callable:
-    @functools.wraps(collate)
-    def collated(batch: Any) -> dict[str, Any]:
-        return {name: value for name, value in collate(batch).items() if name != "rows"}
-
-    return collated
+def _first_batch(images: Any, collate: Callable) -> dict[str, Any]:
+    if images is None:
+        raise DataError("expected a train_dataset or eval_dataset to read the image size off, found none")
+    images = next(iter(images.values())) if isinstance(images, dict) else images
+    return collate([images[0]])
 
 
 def _listed(value: str | list[str] | None) -> list[str]:

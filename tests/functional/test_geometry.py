@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as tv
 
-from hf_ihb.functional.augment import crop_flip, identity_affine
-from hf_ihb.functional.geometry import affine_matrix, compose_affines, warp
-from hf_ihb.functional.policies import Operation, apply_operations
+from hf_ihb.augment.ops import crop_flip
+from hf_ihb.augment.policies import Operation, apply_operations
+from hf_ihb.functional.geometry import affine_matrix, compose_affines, identity_affine, warp
 from hf_ihb.functional.tokens import resample_tokens
 
 SIZES = [(8, 8), (28, 28), (7, 12)]

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_ihb.functional.augment import crop_flip, identity_affine
+from hf_ihb.augment.ops import crop_flip
+from hf_ihb.functional.geometry import identity_affine
 from hf_ihb.functional.tokens import (
     correlation_divergence,
     resample_tokens,

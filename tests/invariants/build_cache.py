@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-import hf_ihb.teacher_cache as module
+import hf_ihb.trainer.teacher_cache as module
 from hf_ihb.errors import CacheError
 from hf_ihb.run import run_script
-from hf_ihb.teacher_cache import Layout, TeacherCache
+from hf_ihb.trainer.teacher_cache import Layout, TeacherCache
 
 ROWS = 21
 

@@ -1,4 +1,4 @@
-"""Gradients of every structural loss on this process's share of a batch, averaged over processes, against the whole's.
+"""Gradients of every method on this process's share of a batch, averaged over processes, against the whole batch's.
 
 Run by two processes; prints nothing and ends with 0 if they agree.
 """
@@ -8,17 +8,16 @@ import sys
 import torch
 import torch.distributed as dist
 
-from hf_ihb.functional.gram import pack_gram, unpack_gram
-from hf_ihb.losses import StructuralLoss, TokenPair
+from hf_ihb.methods import METHODS, methods_of
 from hf_ihb.run import run_script
-from hf_ihb.trainer.arguments import StructuralDistillationTrainingArguments
-from hf_ihb.trainer.structural import structural_loss
+from hf_ihb.trainer.arguments import DistillationTrainingArguments
+from hf_ihb.trainer.collectives import stack_over_processes, sum_over_processes
+from hf_ihb.trainer.method_losses import method_losses
+from tests.methods.steps import BATCH, WIDTH, example, keys_of
 
-SETTINGS = {
-    "cka": {"cka_weight": 1.0},
-    "gram": {"gram_weight": 1.0},
-    "token": {"token_weight": 1.0},
-    "relation": {"relation_weight": 1.0},
+SETTINGS = {kind.name: keys_of(kind) for kind in METHODS}
+COMPILED = [*SETTINGS, "cached", "pooled", "images rbf"]
+SETTINGS |= {
     "plain": {"cka_weight": 1.0, "gram_weight": 1.0, "center_positions": False},
     "cached": {"cka_weight": 1.0, "gram_weight": 1.0, "center_positions": True},
     "pooled": {"cka_weight": 1.0, "cka_scope": "pooled"},
@@ -28,50 +27,44 @@ SETTINGS = {
     "published": {"cka_weight": 1.0, "cka_estimator": "published"},
     "relation self": {"relation_weight": 1.0, "relation_include_self": True},
 }
-COMPILED = ("cka", "cached", "pooled", "images rbf", "relation")
-BATCH, TOKENS, WIDTH = 12, 9, 6
 
 
-def gradients(loss, settings, parameter, rows, cached):
-    """Of a map that makes the student's tokens, by a sum of all losses."""
-    generator = torch.Generator().manual_seed(0)
-    seen = torch.randn(BATCH, TOKENS, WIDTH, generator=generator)[rows]
-    teacher = torch.randn(BATCH, TOKENS, 2 * WIDTH, generator=generator)[rows]
-    wide = torch.randn(WIDTH, 2 * WIDTH, generator=generator)
-    mask = torch.rand(BATCH, TOKENS, generator=generator)[rows] > 0.1
-    weight = torch.ones(len(seen))  # an equal number on each process: a mean over a batch is one over processes
-    student = seen @ parameter
-    known = unpack_gram(pack_gram(teacher), TOKENS) if cached else teacher
-    pairs = {}
-    for name in ("cka", "gram", "token", "relation"):
-        if settings.get(f"{name}_weight"):
-            mine = student @ wide if name == "token" else student
-            pairs[name] = [TokenPair(mine, known if name in ("cka", "gram") else teacher, mask)]
-    found = loss(pairs, weight)
-    sum(value for name, value in found.items() if name.endswith("_loss")).backward()
-    gradient, parameter.grad = parameter.grad, None
-    return gradient
+def gradient(losses, methods, parameter, rows, cached, several):
+    """Of a map that makes the student's tokens, by a sum of the losses; each of its own step."""
+    reduce, gather = (sum_over_processes, stack_over_processes) if several else (None, None)
+    total = 0.0
+    for method in methods:
+        outputs, step = example(method, parameter=parameter, rows=rows, cached=cached)
+        step.reduce, step.gather = reduce, gather
+        total = total + losses[method.name](outputs, step)[method.name][0]
+    total.backward()
+    found, parameter.grad = parameter.grad, None
+    return found
 
 
 def main(argv: list[str]) -> None:
     """Eager, then compiled."""
-    runs = [(False, name) for name in SETTINGS] + [(True, name) for name in COMPILED]
-    for compiled, name in runs:
-        settings = SETTINGS[name]
-        args = StructuralDistillationTrainingArguments(
+    for compiled, name in [(False, name) for name in SETTINGS] + [(True, name) for name in COMPILED]:
+        args = DistillationTrainingArguments(
             output_dir="unused", student_layers=[0], report_to="none", use_cpu=True, torch_compile=compiled,
-            torch_compile_backend="aot_eager" if compiled else None, **settings,
+            torch_compile_backend="aot_eager" if compiled else None, **SETTINGS[name],
         )  # fmt: skip
+        plain = DistillationTrainingArguments(
+            output_dir="unused", student_layers=[0], report_to="none", use_cpu=True, **SETTINGS[name]
+        )
+        methods = methods_of(args)
         parameter = torch.eye(WIDTH).add(0.1).requires_grad_()
         rank, share = dist.get_rank(), BATCH // dist.get_world_size()
         rows, cached = slice(rank * share, (rank + 1) * share), name == "cached"
         torch._dynamo.reset()
-        gradient = gradients(structural_loss(args), settings, parameter, rows, cached)
-        dist.all_reduce(gradient)
-        gradient /= dist.get_world_size()
-        expected = gradients(StructuralLoss.from_arguments(args), settings, parameter, slice(None), cached)
+        own = {method.name: method_losses([method], args) for method in methods}
+        found = gradient(own, methods, parameter, rows, cached, several=True)
+        dist.all_reduce(found)
+        found /= dist.get_world_size()
+        whole = {method.name: method_losses([method], plain) for method in methods}
+        expected = gradient(whole, methods, parameter, slice(None), cached, several=False)
         assert expected.abs().max() > 1e-3, name
-        error = float((gradient - expected).norm() / expected.norm())
+        error = float((found - expected).norm() / expected.norm())
         assert error < 1e-4, f"{name}, compiled {compiled}: the gradient is {error:.2g} away"
 
 

@@ -13,22 +13,24 @@ import torch._dynamo.testing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_ihb.augment import Augmenter, class_targets, ops, policies
+from hf_ihb.augment.color import equalize, fixed_shapes
 from hf_ihb.config.augmentation import AugmentationArguments
-from hf_ihb.functional import augment, constants, geometry, gram, policies
-from hf_ihb.functional.color import equalize, fixed_shapes
+from hf_ihb.functional import constants, geometry, gram
 from hf_ihb.functional.gram import gram_width, unpack_gram
+from hf_ihb.functional.logits import task_loss
 from hf_ihb.functional.tokens import resampling_matrix, standardize_tokens
-from hf_ihb.losses import StructuralLoss, TokenPair, logit_distillation_loss, task_loss
+from hf_ihb.methods.base import TokenPair
 from hf_ihb.models.processing import PixelFormat
-from hf_ihb.trainer.supervised import compiled
-from hf_ihb.views import Augmenter, class_targets
-from tests.test_views import SETTINGS
+from hf_ihb.trainer.compiling import compiled
+from tests.augment.test_augmenter import SETTINGS
+from tests.methods.steps import logit_loss, losses
 
 GPU = torch.device("cuda:0")
 TABLES = (
     constants.constant,
     geometry.pixel_centers,
-    augment._beta_quantiles,
+    ops._beta_quantiles,
     policies.magnitude_table,
     gram._upper,
     gram._places,
@@ -114,8 +116,8 @@ def test_structural_losses_ask_the_device_for_nothing(name, cached, on_gpu):
             pair = TokenPair(student, known, mask)
         pairs = {"cka": [pair], "gram": [pair]}
         pairs |= {} if cached else {"token": [pair], "relation": [pair]}
-        losses = StructuralLoss(**LOSSES[name])(pairs, torch.empty(4, device=GPU))
-        assert all(loss.ndim == 0 for loss in losses.values())
+        values = losses(pairs, torch.empty(4, device=GPU), **LOSSES[name])
+        assert all(loss.ndim == 0 for loss in values.values())
 
     assert on_gpu(step) == []
 
@@ -124,7 +126,7 @@ def test_structural_losses_ask_the_device_for_nothing(name, cached, on_gpu):
 def test_logit_losses_ask_the_device_for_nothing(kind, on_gpu):
     def step():
         student, teacher = (torch.empty(4, 10, device=GPU) for _ in range(2))
-        loss = logit_distillation_loss(student, teacher, kind, 2.0)
+        loss = logit_loss("kd", student, teacher, distillation_type=kind, temperature=2.0)
         loss += task_loss([student], class_targets(labels(4), 10, 0.1, None))
 
     assert on_gpu(step) == []
@@ -191,7 +193,7 @@ def test_a_compiled_augmentation_is_one_graph_for_all_epochs_and_equals_the_eage
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     how = SimpleNamespace(torch_compile=True, torch_compile_backend=counter, torch_compile_mode=None)
     constants.constant.cache_clear()
-    augment._beta_quantiles.cache_clear()
+    ops._beta_quantiles.cache_clear()
     fast = compiled(augmenter.__call__, how)
     for epoch in (0, 1, 5):
         found = fast(stored, torch.arange(16), torch.tensor(epoch), classes)

@@ -31,11 +31,13 @@ from transformers.models.convnextv2.modeling_convnextv2 import ConvNextV2DropPat
 
 from hf_ihb.config.model import ModelArguments
 from hf_ihb.errors import ModelLoadError, RecipeError
+from hf_ihb.methods.token import LinearMaps
 from hf_ihb.models.deit import FlexibleDeiTForImageClassification
 from hf_ihb.models.features import extract_features
 from hf_ihb.models.module import StudentModule
 from hf_ihb.models.processing import pixel_format
 from hf_ihb.models.student import apply_cls_token_dropout, apply_drop_path, build_student, init_tokens, input_size
+from hf_ihb.step import TeacherOutputs
 
 ROOT = Path(__file__).parents[2]
 NAMES = [f"class {i}" for i in range(10)]
@@ -600,13 +602,13 @@ def test_a_module_with_one_head_has_one_head():
 
 def test_the_module_returns_patch_tokens_of_its_layers_and_their_projections():
     student, _ = build(architecture="deit", **SMALL)
-    projections = [nn.Linear(24, 7), nn.Linear(24, 9)]
+    projections = LinearMaps([nn.Linear(24, 7), nn.Linear(24, 9)])
     pixels = torch.randn(2, 3, 32, 32)
-    outputs = StudentModule(student.eval(), [3, 1], projections)(pixels)
+    outputs = StudentModule(student.eval(), [3, 1], {"token": projections})(pixels, TeacherOutputs())
     _, maps = extract_features(student, pixels, [3, 1])
     assert [tuple(x.shape) for x in outputs.features] == [(2, 64, 24)] * 2
     for feature, projected, project, expected in zip(
-        outputs.features, outputs.projected, projections, maps, strict=True
+        outputs.features, outputs.method_heads["token"], projections, maps, strict=True
     ):
         torch.testing.assert_close(feature, expected.tokens[:, 2:])
         torch.testing.assert_close(projected, project(feature))
@@ -614,12 +616,12 @@ def test_the_module_returns_patch_tokens_of_its_layers_and_their_projections():
 
 def test_the_students_own_weights_stand_under_one_prefix():
     student, _ = build(architecture="deit", **SMALL)
-    module = StudentModule(student, [3], [nn.Linear(24, 7)])
+    module = StudentModule(student, [3], {"token": LinearMaps([nn.Linear(24, 7)])})
     own = {name.removeprefix("student."): t for name, t in module.state_dict().items() if name.startswith("student.")}
     assert own.keys() == student.state_dict().keys()
     assert {name for name in module.state_dict() if not name.startswith("student.")} == {
-        "projections.0.weight",
-        "projections.0.bias",
+        "heads.token.0.weight",
+        "heads.token.0.bias",
     }
 
 

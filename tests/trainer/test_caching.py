@@ -198,7 +198,7 @@ def test_what_concerns_the_student_alone_shares_the_cache(structural):
 
 def test_a_teacher_that_was_changed_behind_the_cache_is_found_out(structural, monkeypatch):
     structural(cka_weight=1.0, teacher_cache="gram").prepare_teacher()
-    monkeypatch.setattr("hf_ihb.trainer.distillation.describe_teacher", lambda teacher: "the same")
+    monkeypatch.setattr("hf_ihb.trainer.teacher_side.describe_teacher", lambda teacher: "the same")
     structural(cka_weight=1.0, teacher_cache="gram").prepare_teacher()
     with pytest.raises(CacheError, match="expected what the teacher says now"):
         structural(vit_teacher(seed=9), cka_weight=1.0, teacher_cache="gram").prepare_teacher()
@@ -253,7 +253,9 @@ def test_auto_takes_a_cache_that_is_there_for_the_shortest_run(structural, capsy
 
 
 def test_auto_leaves_the_cache_where_the_disk_is_full(structural, capsys, monkeypatch):
-    monkeypatch.setattr("hf_ihb.teacher_cache.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(
+        "hf_ihb.trainer.teacher_cache.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})
+    )
     kind, said = chosen(structural(cka_weight=1.0, max_steps=50), capsys)
     assert kind == "off"
     assert "found 0.00 MB (25% of what is free)" in said
@@ -289,7 +291,7 @@ def test_a_cache_that_cannot_serve_is_refused_before_anything_is_loaded(settings
 
 
 def test_scores_of_augmented_images_cannot_be_cached(make_args):
-    with pytest.raises(ValueError, match="'teacher_cache' and 'teacher_view'"):
+    with pytest.raises(ValueError, match="'teacher_cache' and 'teacher_logits_view'"):
         make_args(LogitDistillationTrainingArguments, teacher_cache="logits")
 
 

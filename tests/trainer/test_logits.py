@@ -6,7 +6,7 @@ from transformers import TrainerCallback
 
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.errors import TeacherMismatchError
-from hf_ihb.losses import scheduled_alpha
+from hf_ihb.methods.schedules import scheduled_alpha
 from hf_ihb.trainer import LogitDistillationTrainer
 from hf_ihb.trainer.arguments import LogitDistillationTrainingArguments
 
@@ -171,7 +171,7 @@ def test_a_deit_with_one_head_is_distilled_through_a_head_that_is_not_saved_with
 def test_the_head_beside_a_deit_is_drawn_from_a_stream_of_its_own(make_trainer, make_student):
     trainer, student = make_trainer(make_student("deit_cls")), make_student("deit_cls")
     before = torch.get_rng_state()
-    heads = [trainer._module(student, trainer.args).distillation_head.weight for _ in range(2)]
+    heads = [trainer._module(student, trainer.args, dict).distillation_head.weight for _ in range(2)]
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(*heads)
     assert heads[0].std().item() == pytest.approx(student.config.initializer_range, rel=0.3)
@@ -326,5 +326,5 @@ def test_a_model_given_as_teacher_is_read_by_the_students_class_names(
 
 
 def test_a_clean_view_contradicts_mixing(make_trainer):
-    with pytest.raises(ValueError, match="teacher_view"):
+    with pytest.raises(ValueError, match="teacher_logits_view"):
         make_trainer(teacher_view="clean", augmentation=AugmentationArguments(mixup_alpha=0.5))

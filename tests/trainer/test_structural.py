@@ -9,8 +9,9 @@ from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.errors import RecipeError, TeacherMismatchError
 from hf_ihb.functional.similarity import gram_distance, linear_cka
 from hf_ihb.functional.tokens import correlation_divergence, token_cosine_distance
+from hf_ihb.methods.base import Widths
+from hf_ihb.methods.paired import PairedHeads
 from hf_ihb.models.features import extract_features
-from hf_ihb.models.heads import PairedHeads
 from hf_ihb.models.processing import PixelFormat
 from hf_ihb.models.teacher import Teacher
 from hf_ihb.trainer import LogitDistillationTrainer, StructuralDistillationTrainer
@@ -95,7 +96,7 @@ def test_the_token_loss_compares_projected_student_with_standardised_teacher_tok
         ):
             centered = t - t.mean(dim=0)
             target = centered / centered.square().mean(dim=(0, 1)).sqrt()
-            distances.append(token_cosine_distance(trainer.model.projections[layer](s), target).mean())
+            distances.append(token_cosine_distance(trainer.model.heads["token"][layer](s), target).mean())
     assert entries(trainer, "token_loss")[0] == pytest.approx(torch.stack(distances).mean().item(), abs=1e-5)
 
 
@@ -121,7 +122,7 @@ def test_the_relation_loss_is_between_both_models_last_normed_blocks(
 def test_relations_need_no_final_norm_of_the_teacher(make_trainer):
     trainer = make_trainer(cka_weight=0.0, gram_weight=0.0, token_weight=0.0, relation_weight=1.0, max_steps=2)
     trainer.train()
-    assert trainer._statistics is None  # nothing here needs the teacher's statistics
+    assert trainer.teacher_side.statistics is None  # nothing here needs the teacher's statistics
     assert all(value > 0 for value in entries(trainer, "relation_loss"))
 
 
@@ -129,9 +130,8 @@ def test_relations_need_no_final_norm_of_the_teacher(make_trainer):
 
 
 def test_the_published_heads_are_as_large_as_published():
-    heads = PairedHeads(["token"], [192] * 4, [384] * 4)
+    heads = PairedHeads(Widths((192,) * 4, (384,) * 4), "plain")
     assert sum(p.numel() for p in heads.parameters()) == 2_246_656
-    assert sum(p.numel() for p in PairedHeads(["token", "cka"], [192] * 4, [384] * 4).parameters()) == 2 * 2_246_656
 
 
 def test_published_heads_project_both_sides_of_token_cka_and_gram_losses(make_trainer, vit_teacher, train_split):
@@ -140,7 +140,7 @@ def test_published_heads_project_both_sides_of_token_cka_and_gram_losses(make_tr
     )  # fmt: skip
     trainer.train()
     images = PIXELS.apply(train_split.images.float() / 255)
-    heads = trainer.model.paired_heads
+    heads = trainer.model.heads
     with torch.no_grad():
         student = trainer.student(pixel_values=images, output_hidden_states=True).hidden_states
         teacher = vit_teacher.model(pixel_values=images, output_hidden_states=True).hidden_states
@@ -148,7 +148,7 @@ def test_published_heads_project_both_sides_of_token_cka_and_gram_losses(make_tr
         functions = {"cka": lambda s, t: 1 - linear_cka(s, t), "gram": gram_distance, "token": token_cosine_distance}
         for name, function in functions.items():
             expected = sum(
-                function(heads.student[name][layer](s), heads.teacher[name][layer](t)).mean()
+                function(heads[name].student[layer](s), heads[name].teacher[layer](t)).mean()
                 for layer, (s, t) in enumerate(pairs)
             )
             assert entries(trainer, f"{name}_loss")[0] == pytest.approx(expected.item() / 2, abs=1e-5), name
@@ -156,14 +156,14 @@ def test_published_heads_project_both_sides_of_token_cka_and_gram_losses(make_tr
 
 def test_published_heads_are_trained_on_both_sides_and_saved_apart_from_the_student(make_trainer, tmp_path):
     trainer = make_trainer(**PUBLISHED, optim="sgd", learning_rate=0.1)
-    before = {name: tensor.clone() for name, tensor in trainer.model.paired_heads.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in trainer.model.heads.state_dict().items()}
     student = set(trainer.student.state_dict())
     trainer.train()
-    after = trainer.model.paired_heads.state_dict()
+    after = trainer.model.heads.state_dict()
     assert all(not torch.equal(after[name], tensor) for name, tensor in before.items())
     trainer.save_model()
     assert set(load_file(tmp_path / "run" / "distillation" / "heads.safetensors")) == {
-        f"paired_heads.{name}" for name in before
+        f"heads.{name}" for name in before
     }
     assert set(trainer.student.state_dict()) == student
     assert not any("heads" in name for name in load_file(tmp_path / "run" / "model.safetensors"))
@@ -212,7 +212,7 @@ def test_a_shuffled_teacher_sees_the_next_image_of_the_batch_in_training_alone(
         trainer = make_trainer(teacher=vit_teacher, **settings)
         batches.append(seen_by_the_teacher(trainer))
         trainer.train()
-        statistics.append(trainer._statistics)
+        statistics.append(trainer.teacher_side.statistics)
         del vit_teacher.features
     assert len(batches[0]) == 2
     for own, shown in zip(*batches, strict=True):
@@ -238,14 +238,6 @@ def test_a_shuffled_teacher_is_scored_on_its_own_images(
         losses.append(entries(trainer, "kd_loss")[0])
         accuracies.append(trainer.teacher_accuracy)
         agreements.append(entries(trainer, "teacher_agreement")[0])
-        user = [{"pixel_values": torch.arange(4.0)[:, None, None, None]}, {"teacher_pixel_values": torch.arange(4.0)}]
-        for batch in user:
-            (expected,) = batch.values()
-            assert torch.equal(trainer._teacher_pixels(batch, None), expected)
-            trainer._breaks_pairs = control == "shuffled"
-            expected = expected[[1, 2, 3, 0]] if control == "shuffled" else expected
-            assert torch.equal(trainer._teacher_pixels(batch, None), expected)
-            trainer._breaks_pairs = False
     assert accuracies[0] == accuracies[1]
     assert losses[0] != losses[1]
     assert agreements[0] != agreements[1]
@@ -284,8 +276,8 @@ def test_a_teacher_that_is_the_student_itself_costs_nothing(view, make_trainer, 
 
 
 def shift_by_whole_patches(trainer):
-    from hf_ihb.functional.augment import crop_flip
-    from hf_ihb.views import Views, as_float
+    from hf_ihb.augment.ops import crop_flip
+    from hf_ihb.step import Views, as_float
 
     def augment(images, index, *others):
         top, left = 4 * (index % 3), 4 * ((index // 3) % 3)
@@ -293,7 +285,7 @@ def shift_by_whole_patches(trainer):
         views, affine = crop_flip(images, torch.stack((top, left), dim=1), still, padding=4)
         return Views(as_float(images), as_float(views), affine, torch.ones(len(index)))
 
-    trainer._augmenter = augment
+    trainer.batches._augmenter = augment
 
 
 def test_the_clean_view_is_misaligned_where_the_shared_one_is_not(make_trainer, make_student):
@@ -380,10 +372,10 @@ def test_the_projections_are_the_only_parameters_beside_the_student_and_none_is_
     trainer = make_trainer()
     extra = {n: tuple(p.shape) for n, p in trainer.model.named_parameters() if not n.startswith("student.")}
     assert extra == {
-        "projections.0.weight": (32, 32), "projections.0.bias": (32,),
-        "projections.1.weight": (64, 32), "projections.1.bias": (64,),
+        "heads.token.0.weight": (32, 32), "heads.token.0.bias": (32,),
+        "heads.token.1.weight": (64, 32), "heads.token.1.bias": (64,),
     }  # fmt: skip
-    assert not list(make_trainer(token_weight=0.0).model.projections.parameters())
+    assert not list(make_trainer(token_weight=0.0).model.heads.parameters())
 
 
 def test_the_students_start_does_not_depend_on_the_losses(make_trainer, make_student):
@@ -421,7 +413,7 @@ def test_resuming_brings_back_the_heads_and_equals_never_stopping(make_trainer, 
 
 def test_position_statistics_of_the_teacher_equal_numpy(make_trainer, vit_teacher, train_split):
     trainer = make_trainer(teacher=vit_teacher, teacher_statistics_samples=128)
-    statistics = trainer._teacher_statistics()
+    statistics = trainer.teacher_side.measure_statistics()
     mean, std = statistics["mean.0"], statistics["std.0"]
     with torch.no_grad():
         images = PIXELS.apply(train_split.images.float() / 255)

@@ -6,15 +6,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
-from hf_ihb.trainer import arguments
+from hf_ihb.augment import Augmenter
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.config.model import ModelArguments
 from hf_ihb.data import ImageSplit
 from hf_ihb.errors import CheckpointError, DataError, NumericsError
 from hf_ihb.models.student import build_student
-from hf_ihb.trainer import SupervisedTrainer, callbacks, supervised
+from hf_ihb.trainer import SupervisedTrainer, arguments, batches, callbacks
 from hf_ihb.trainer.arguments import SupervisedTrainingArguments
-from hf_ihb.views import Augmenter
 from tests.trainer.conftest import LABELS, MEAN, SIZE, STD
 
 AUGMENT = AugmentationArguments(
@@ -169,7 +168,7 @@ def test_a_grey_image_keeps_one_channel_under_cutout(make_args, eval_split):
         augmentation=AugmentationArguments(cutout_size=6),
     )  # fmt: skip
     batch = grey.__getitems__(list(range(8)))
-    _, views = trainer._student_view(batch, train=True)
+    views = trainer.prepare(batch, train=True).views
     assert views.augmented.shape == (8, 1, 16, 16)
 
 
@@ -201,14 +200,14 @@ def test_each_epoch_has_views_of_its_own_the_same_for_any_batch(accumulation, ma
             seen.extend(zip(index.tolist(), views.augmented, strict=True))
             return views
 
-    monkeypatch.setattr(supervised, "Augmenter", Recorded)
+    monkeypatch.setattr(batches, "Augmenter", Recorded)
     trainer.train()
     assert len(seen) == 3 * 128
     for epoch in range(3):
         views = dict(seen[128 * epoch : 128 * (epoch + 1)])
         assert len(views) == 128
         rows = torch.arange(128)
-        expected = Augmenter.__call__(trainer._augmenter, trainer.train_dataset.images, rows, epoch).augmented
+        expected = Augmenter.__call__(trainer.batches._augmenter, trainer.train_dataset.images, rows, epoch).augmented
         assert torch.equal(torch.stack([views[row] for row in rows.tolist()]), expected)
 
 
@@ -478,7 +477,7 @@ class ElsewhereSplit(ImageSplit):
 
 @pytest.mark.parametrize("where", ["device", "host"])
 def test_images_that_fit_are_read_from_the_device_to_the_same_end(where, make_trainer, monkeypatch):
-    monkeypatch.setattr(supervised, "placement", lambda num_bytes, device: where)
+    monkeypatch.setattr(batches, "placement", lambda num_bytes, device: where)
     monkeypatch.setattr(ImageSplit, "to", ElsewhereSplit.of)
     ElsewhereSplit.asked = 0
     trainer = make_trainer(max_steps=4, eval_strategy="steps", eval_steps=2)
@@ -496,13 +495,13 @@ def test_loaders_of_images_on_an_accelerator_gather_in_this_process_without_pinn
     trainer = make_trainer(dataloader_num_workers=2, dataloader_prefetch_factor=4)
     elsewhere = ImageSplit(torch.empty(4, 3, 16, 16, dtype=torch.uint8, device="meta"), torch.zeros(4), ["a"])
     trainer.args.dataloader_pin_memory = True
-    with trainer._loading(elsewhere):
+    with trainer.batches.loading(elsewhere):
         args = trainer.args
         assert (args.dataloader_num_workers, args.dataloader_prefetch_factor) == (0, None)
         assert not args.dataloader_pin_memory
         assert args.dataloader_drop_last
     assert (trainer.args.dataloader_num_workers, trainer.args.dataloader_pin_memory) == (2, True)
-    with trainer._loading(trainer.train_dataset, every_image=True):
+    with trainer.batches.loading(trainer.train_dataset, every_image=True):
         assert trainer.args.dataloader_num_workers == 2
         assert not trainer.args.dataloader_drop_last
     assert trainer.args.dataloader_drop_last

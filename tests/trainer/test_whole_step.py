@@ -13,7 +13,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Dinov2Config, Dinov2Model, set_seed
 
-from hf_ihb import teacher_cache
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.config.model import ModelArguments
 from hf_ihb.data import ImageSplit
@@ -21,11 +20,12 @@ from hf_ihb.models.processing import PixelFormat
 from hf_ihb.models.student import build_student
 from hf_ihb.models.teacher import Teacher
 from hf_ihb.trainer import (
+    DistillationTrainer,
     LogitDistillationTrainer,
     StructuralDistillationTrainer,
     SupervisedTrainer,
-    distillation,
-    supervised,
+    batches,
+    teacher_cache,
 )
 from hf_ihb.trainer.arguments import (
     LogitDistillationTrainingArguments,
@@ -119,13 +119,14 @@ def move_trainer(trainer, monkeypatch, data_on=GPU):
     move(trainer.model)
     for split in (trainer.train_dataset, trainer.eval_dataset):
         moved = ImageSplit(elsewhere(split.images, data_on), elsewhere(split.labels, data_on), split.label_names)
-        trainer._on_device[id(split)] = (split, moved)
+        trainer.batches._placed[id(split)] = (split, moved)
     if (teacher := getattr(trainer, "teacher", None)) is not None:
         move(teacher.model)
         if teacher.permutation is not None:
             teacher.permutation = elsewhere(teacher.permutation)
-    if getattr(trainer, "_statistics", None) is not None:
-        trainer._statistics = [tuple(map(elsewhere, pair)) for pair in trainer._statistics]
+    side = getattr(trainer, "teacher_side", None)
+    if side is not None and side.statistics is not None:
+        side.statistics = [tuple(map(elsewhere, pair)) for pair in side.statistics]
     if (cache := getattr(trainer, "teacher_cache", None)) is not None:
         cache._rows = elsewhere(cache._rows, data_on)
 
@@ -133,7 +134,7 @@ def move_trainer(trainer, monkeypatch, data_on=GPU):
 def batch_of(split, count=8):
     index, rows = torch.empty(count, dtype=torch.long, device=GPU), np.arange(count)
     images, labels = (elsewhere(x[:count]) for x in (split.images, split.labels))
-    return {"pixel_values": images, "labels": labels, "index": index, "rows": rows}
+    return {"pixel_values": images, "labels": labels, "index": index, "rows": rows, "split": split.key}
 
 
 @pytest.fixture
@@ -147,7 +148,7 @@ def clean_tables():
 
 def run_steps(trainer, monkeypatch, data_on=GPU):
     """Two steps of training and evaluation; the copies of the second."""
-    if isinstance(trainer, distillation.DistillationTrainer):
+    if isinstance(trainer, DistillationTrainer):
         trainer.prepare_teacher()
     trainer.teacher_accuracy = 1.0
     trainer._begin_training()
@@ -159,8 +160,8 @@ def run_steps(trainer, monkeypatch, data_on=GPU):
         trainer.create_optimizer()
         monkeypatch.setattr(trainer.accelerator, "backward", lambda loss, **kwargs: backward(trainer.model))
         trainer._averaging.on_train_begin(trainer.args, trainer.state, trainer.control)
-        train = batch_of(trainer._placed(trainer.train_dataset))
-        placed = trainer._eval_dataset = trainer._placed(trainer.eval_dataset)
+        train = batch_of(trainer.batches.place(trainer.train_dataset))
+        placed = trainer.batches.place(trainer.eval_dataset)
 
         def step():
             trainer.model.train()
@@ -200,10 +201,10 @@ def test_images_and_caches_on_the_host_are_read_without_asking_the_device(traine
         shape = tensors[0].shape if len(tensors) == 1 else (len(tensors[1]), *tensors[0].shape[1:])
         return torch.empty(shape, dtype=tensors[0].dtype, device=device)
 
-    for module in (supervised, teacher_cache):
+    for module in (batches, teacher_cache):
         monkeypatch.setattr(module, "rows_onto", onto)
-    monkeypatch.setattr(supervised, "onto", onto)
-    monkeypatch.setattr(supervised, "placement", lambda num_bytes, device: "host")
+    monkeypatch.setattr(batches, "onto", onto)
+    monkeypatch.setattr(batches, "placement", lambda num_bytes, device: "host")
     assert run_steps(make(trainer_class, "deit", settings), monkeypatch, torch.device("cpu")) == []
     mixes = settings.get("teacher_view") != "clean"
     assert len(sent) == 2 * (3 * mixes + ("teacher_cache" in settings))

@@ -1,0 +1,26 @@
+"""Distillation methods, one file each; this is the only list of them."""
+
+from typing import Any
+
+from hf_ihb.methods.base import Method, SharedKeys
+from hf_ihb.methods.cka import CKA
+from hf_ihb.methods.gram import Gram
+from hf_ihb.methods.logits import LogitDistillation
+from hf_ihb.methods.relation import Relation
+from hf_ihb.methods.token import Token
+
+METHODS: tuple[type[Method], ...] = (
+    LogitDistillation,
+    CKA,
+    Gram,
+    Token,
+    Relation,
+)
+
+
+def methods_of(args: Any) -> list[Method]:
+    """The methods that the arguments of a run switch on, in the order of `METHODS`."""
+    return [method for kind in METHODS if (method := kind.of(args)).is_on]
+
+
+__all__ = ["METHODS", "Method", "SharedKeys", "methods_of"]

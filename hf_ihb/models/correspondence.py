@@ -1,0 +1,110 @@
+"""Which blocks of a student and a teacher are compared, and how their token maps fit together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_ihb.errors import RecipeError
+from hf_ihb.functional.tokens import pool_tokens
+from hf_ihb.methods.base import SharedKeys, Widths
+from hf_ihb.models.features import FeatureMap, extract_features, first_block
+from hf_ihb.models.teacher import Teacher
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Correspondence:
+    """Of each student layer and the teacher layer it is compared with, and last, where asked for, of the final tokens.
+
+    Attributes:
+        student_layers: 0-based block indices.
+        teacher_layers: 0-based block indices, as many.
+        widths: Of both sides.
+        grids: Rows and columns of the student's tokens, those of the final ones last.
+        teacher_grids: Of the teacher's after `pool`, likewise.
+        teacher_shapes: Their number and width, likewise.
+        final_layer: The student's last block; None where its final tokens are not compared.
+    """
+
+    student_layers: tuple[int, ...]
+    teacher_layers: tuple[int, ...]
+    widths: Widths
+    grids: tuple[Grid, ...]
+    teacher_grids: tuple[Grid, ...]
+    teacher_shapes: tuple[tuple[int, int], ...]
+    final_layer: int | None
+
+    @property
+    def has_final(self) -> bool:
+        """Whether final tokens are compared."""
+        return self.final_layer is not None
+
+    def deepest(self, maps: Sequence[FeatureMap]) -> FeatureMap:
+        """That of the deepest of the teacher's layers."""
+        return maps[self.teacher_layers.index(max(self.teacher_layers))]
+
+    def pool(self, maps: Sequence[FeatureMap]) -> list[Tensor]:
+        """Patch tokens ``(B, N, D)`` of the teacher's maps, averaged where they are finer by a whole factor."""
+        return [pool_tokens(m.patch_tokens, m.grid, grid)[0] for m, grid in zip(maps, self.grids, strict=False)]
+
+
+@torch.no_grad()
+def correspond(
+    student: PreTrainedModel,
+    teacher: Teacher,
+    keys: SharedKeys,
+    pixel_values: Tensor,
+    teacher_pixels: Tensor,
+    *,
+    final: bool,
+    several_tokens: bool,
+) -> Correspondence:
+    """Sees both models at work on one image.
+
+    Args:
+        student: That is trained.
+        teacher: That is learned from.
+        keys: Name the layers.
+        pixel_values: ``(1, C, H, W)`` for the student, normalised.
+        teacher_pixels: Likewise for the teacher.
+        final: Whether the tokens after the last block are compared.
+        several_tokens: Whether a layer must have more than one.
+
+    Raises:
+        RecipeError: If a layer of the student does not exist, or one of the teacher has a single token.
+        TeacherMismatchError: If a layer of the teacher does not exist.
+    """
+    teacher_layers = tuple(keys.teacher_layers or keys.student_layers)
+    training, _ = student.training, student.eval()
+    last, final_maps = None, []
+    try:
+        outputs, students = extract_features(student, pixel_values, keys.student_layers)
+        if final:
+            last = len(outputs.hidden_states) - first_block(student, len(outputs.hidden_states)) - 1
+            final_maps = extract_features(student, pixel_values, [last])[1]
+    except ValueError as error:
+        raise RecipeError(f"key 'student_layers': {error}") from error
+    finally:
+        student.train(training)
+    teachers = teacher.features(teacher_pixels.to(teacher.model.device), teacher_layers, keys.teacher_norm)
+    for layer, feature_map in zip(teacher_layers, teachers, strict=True):
+        if feature_map.grid == (1, 1) and several_tokens:
+            raise RecipeError(f"key 'teacher_layers': expected several tokens, found one in block {layer}")
+    grids = tuple(m.grid for m in (*students, *final_maps))
+    deepest = [teachers[teacher_layers.index(max(teacher_layers))]] if final else []
+    pooled = [pool_tokens(m.patch_tokens, m.grid, grid) for m, grid in zip((*teachers, *deepest), grids, strict=True)]
+    of_student, of_teacher = ([m.tokens.shape[-1] for m in maps] for maps in (students, teachers))
+    final_widths = (final_maps[0].tokens.shape[-1], deepest[0].tokens.shape[-1]) if final else None
+    return Correspondence(
+        student_layers=tuple(keys.student_layers),
+        teacher_layers=teacher_layers,
+        widths=Widths(tuple(of_student), tuple(of_teacher), final_widths),
+        grids=grids,
+        teacher_grids=tuple(grid for _, grid in pooled),
+        teacher_shapes=tuple(tuple(tokens.shape[1:]) for tokens, _ in pooled),
+        final_layer=last,
+    )

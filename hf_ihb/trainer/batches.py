@@ -1,0 +1,152 @@
+"""From a data set to what the student sees: where images are kept, how they are loaded, and a batch as a `Step`."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainingArguments
+
+from hf_ihb.augment import Augmenter, class_targets
+from hf_ihb.config.augmentation import AugmentationArguments
+from hf_ihb.data import ImageSplit, host_index, onto, placement, rows_onto
+from hf_ihb.errors import DataError
+from hf_ihb.models.processing import PixelFormat
+from hf_ihb.step import Step, Views
+from hf_ihb.trainer.compiling import compiled
+
+
+class Batches:
+    """Makes steps of batches.
+
+    Args:
+        args: Of the training.
+        augmentation: What stored images go through in training.
+        pixels: How the student wants its images; None if batches bring normalised ``pixel_values``.
+        num_labels: Number of classes K.
+    """
+
+    def __init__(
+        self,
+        args: TrainingArguments,
+        augmentation: AugmentationArguments,
+        pixels: PixelFormat | None,
+        num_labels: int,
+    ) -> None:
+        self.args, self.augmentation, self.pixels, self.num_labels = args, augmentation, pixels, num_labels
+        self._augmenter: Augmenter | None = None
+        self._partners_from: ImageSplit | None = None
+        self._placed: dict[int, tuple[ImageSplit, ImageSplit]] = {}
+        self._views_of = compiled(self._view, args)
+
+    # ---- Where images are, and how they are loaded ----
+
+    def place(self, dataset: Any) -> Any:
+        """Stored images on the accelerator, where they fit; any other data set as it is."""
+        if not isinstance(dataset, ImageSplit):
+            return dataset
+        if id(dataset) not in self._placed:
+            fits = placement(dataset.images.nbytes, self.args.device) == "device"
+            self._placed[id(dataset)] = (dataset, dataset.to(self.args.device) if fits else dataset)
+        return self._placed[id(dataset)][1]
+
+    @contextlib.contextmanager
+    def loading(self, dataset: Any, *, every_image: bool = False) -> Iterator[None]:
+        """Loader settings that fit the data; `Trainer` reads them off the arguments and takes no others.
+
+        Images on an accelerator are gathered there, by this process, and need no pinning. `dataloader_drop_last` is
+        about training; stock Trainer drops evaluation images by it as well.
+
+        Args:
+            dataset: That is about to be loaded.
+            every_image: Whether a short last batch is kept whatever the arguments say.
+        """
+        args, changed = self.args, {"dataloader_drop_last": False} if every_image else {}
+        if isinstance(dataset, ImageSplit) and dataset.images.device.type != "cpu":
+            changed |= {"dataloader_num_workers": 0, "dataloader_pin_memory": False}
+            changed |= {"dataloader_prefetch_factor": None, "dataloader_persistent_workers": False}
+        before = {name: getattr(args, name) for name in changed}
+        try:
+            vars(args).update(changed)
+            yield
+        finally:
+            vars(args).update(before)
+
+    # ---- A batch as a step ----
+
+    def step(self, inputs: Mapping[str, Any], train: bool, epoch: float, images: Any) -> Step:
+        """What the student sees of a batch, and what the labels say of it.
+
+        Args:
+            inputs: The batch, on the device.
+            train: Whether stored images are augmented; targets are made then.
+            epoch: Epochs trained so far.
+            images: The training set, for mixing partners.
+
+        Raises:
+            DataError: If something is missing that stored images need.
+        """
+        pixels, labels = inputs["pixel_values"], inputs.get("labels")
+        if pixels.dtype != torch.uint8:
+            targets = self._targets(labels, None) if train else None
+            return Step(pixels, labels, targets, inputs=inputs)
+        if self.pixels is None:
+            raise DataError("stored (uint8) images: expected a 'processing_class' with mean and std, found none")
+        if not train:
+            return Step(self.pixels.apply(pixels), labels, inputs=inputs)
+        if inputs.get("index") is None:
+            raise DataError("stored (uint8) images: expected a `StoredSplit` or batches with 'index' to augment")
+        if self._augmenter is None:
+            self._make_augmenter(pixels, self.place(images))
+        # a number would be compiled into the graph, and that anew in every epoch
+        number = torch.full((), int(epoch), device=pixels.device) if self.args.torch_compile else int(epoch)
+        seen, views = self._views_of(pixels, inputs["index"], number, labels, self._partners(inputs, int(epoch)))
+        return Step(seen, labels, views.targets, views, inputs=inputs)
+
+    def _targets(self, labels: Tensor | None, views: Views | None) -> Tensor | None:
+        if labels is None:
+            return None
+        return class_targets(labels, self.num_labels, self.args.label_smoothing_factor, views)
+
+    def _view(
+        self, images: Tensor, index: Tensor, epoch: int | Tensor, labels: Tensor | None, partners: tuple | None
+    ) -> tuple[Tensor, Views]:
+        """What the student sees, and how it came about: one graph where it is compiled."""
+        views = self._augmenter(images, index, epoch, labels, partners)
+        views.targets = self._targets(labels, views)
+        return self.pixels.apply(views.seen), views
+
+    def _make_augmenter(self, pixels: Tensor, split: Any) -> None:
+        fetch, count = None, 0
+        if hasattr(split, "images"):  # any image can be had
+            count = len(split)
+            if split.images.device == pixels.device:
+
+                def fetch(rows: Tensor) -> tuple[Tensor, Tensor]:
+                    return split.images.index_select(0, rows), split.labels[rows]
+
+            else:
+                self._partners_from = split
+        fill = self.pixels.mean[: pixels.shape[1]]  # a grey image has one channel where its processor has three
+        self._augmenter = Augmenter(self.augmentation, self.args.seed, fill, fetch, count)
+
+    def _partners(self, inputs: Mapping[str, Any], epoch: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Mixing partners whose images are on the host, chosen there as well: nothing is asked of the device."""
+        split = self._partners_from
+        if split is None or not self.augmentation.mixes:
+            return None
+        rows, device = torch.from_numpy(host_index(inputs)), inputs["pixel_values"].device
+        rows = self._augmenter.partners_of(rows, epoch)
+        return onto(device, rows), rows_onto(device, split.images, rows), rows_onto(device, split.labels, rows)
+
+
+def without_host_values(collate: Callable) -> Callable:
+    """A collator whose batches hold tensors alone, as the main process can hand them out to the others."""
+
+    @functools.wraps(collate)
+    def collated(batch: Any) -> dict[str, Any]:
+        return {name: value for name, value in collate(batch).items() if name not in ("rows", "split")}
+
+    return collated

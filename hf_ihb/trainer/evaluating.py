@@ -1,0 +1,55 @@
+"""Metrics of an evaluation: ours of each image, and the user's of the logits."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import EvalPrediction
+
+from hf_ihb.step import Step, StudentOutput
+
+
+def image_scores(outputs: StudentOutput, step: Step) -> dict[str, Tensor]:
+    """``logits``, and for each metric of ours its value for each image ``(B,)``; without labels the logits alone."""
+    scores, labels = {"logits": outputs.logits}, step.labels
+    if labels is None:
+        return scores
+    labels = labels.argmax(-1) if labels.ndim == 2 else labels
+    heads = {"accuracy": outputs.logits}
+    if outputs.cls_logits is not None:
+        heads |= {"cls_accuracy": outputs.cls_logits, "distillation_accuracy": outputs.distillation_logits}
+    return scores | {name: (logits.argmax(-1) == labels).float() for name, logits in heads.items()}
+
+
+class EvaluationMetrics:
+    """As `compute_metrics` of a `Trainer`: means of ours over the images, then the user's.
+
+    Args:
+        compute_metrics: The user's, of the logits of inference; None if there are none.
+        by_batch: Whether it is called batch by batch.
+    """
+
+    def __init__(self, compute_metrics: Callable | None, by_batch: bool) -> None:
+        self._compute, self._by_batch = compute_metrics, by_batch
+        self._values: dict[str, list[np.ndarray]] = {}
+
+    def reset(self) -> None:
+        """Forgets the batches of an evaluation."""
+        self._values = {}
+
+    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        """Adds what was predicted; the metrics, where `compute_result` asks for them."""
+        scores = dict(prediction.predictions)
+        logits = scores.pop("logits")
+        for name, values in scores.items():
+            self._values.setdefault(name, []).append(np.asarray(torch.as_tensor(values).cpu(), np.float64))
+        metrics: dict[str, Any] = {}
+        if compute_result:
+            metrics = {name: float(np.concatenate(values).mean()) for name, values in self._values.items()}
+        if self._compute is not None:
+            user = EvalPrediction(logits, prediction.label_ids, inputs=prediction.inputs, losses=prediction.losses)
+            more = {"compute_result": compute_result} if self._by_batch else {}
+            metrics.update(self._compute(user, **more) or {})
+        return metrics

@@ -1,0 +1,78 @@
+"""What is logged of the losses, added up on the device: nothing is waited for until it is read."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from hf_ihb.errors import NumericsError
+
+
+class LossLog:
+    """Sums of the loss and its components since the last log, and how many images they are of."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins a new window."""
+        self._sums: Tensor | None = None
+        self._names: tuple[str, ...] = ()
+        self._count = 0
+        self._num_images = 0
+        self._start = time.perf_counter()
+
+    def count_images(self, number: int) -> None:
+        """Adds the images of a micro-batch of all processes."""
+        self._num_images += number
+
+    def pause(self, seconds: float) -> None:
+        """Takes out time that was not training."""
+        self._start += seconds
+
+    def record(self, loss: Tensor, components: Mapping[str, Tensor]) -> None:
+        """Adds a micro-batch's loss and components, scalars."""
+        values = torch.stack([value.detach().float() for value in (loss, *components.values())])
+        self._sums = values if self._sums is None else self._sums + values
+        self._names = tuple(components)
+        self._count += 1
+
+    def check_finite(self, step: int, folder: str) -> None:
+        """Raises if a loss since the last log was NaN or Inf: sums keep them.
+
+        On a CPU this is asked in every step, before the weights are changed. On an accelerator asking means waiting for
+        it, so it is asked where one waits anyway: before something is logged, evaluated or saved.
+
+        Args:
+            step: Optimizer steps that were made.
+            folder: Where the checkpoints are.
+
+        Raises:
+            NumericsError: If so, with the means of the components.
+        """
+        if self._count == 0:
+            return
+        total, *parts = (self._sums / self._count).tolist()
+        if math.isfinite(total):
+            return
+        means = ", ".join(f"{n} {v:.4g}" for n, v in zip(self._names, parts, strict=True))
+        raise NumericsError(
+            f"step {step + 1}: expected a finite loss, found NaN or Inf (means since the last log: {means}); the last "
+            f"checkpoint in {folder} is good"
+        )
+
+    def read(self, reduce: Callable[[Tensor, str], Tensor]) -> dict[str, float]:
+        """Means over the window and all processes, sorted by name, and images per second; begins a new window.
+
+        Args:
+            reduce: As `Accelerator.reduce`.
+        """
+        if self._count == 0:
+            return {}
+        means = reduce(self._sums[1:] / self._count, "mean").tolist()
+        logs = dict(sorted(zip(self._names, means, strict=True)))
+        logs["images_per_second"] = round(self._num_images / (time.perf_counter() - self._start), 1)
+        self.reset()
+        return logs

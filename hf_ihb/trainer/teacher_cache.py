@@ -1,0 +1,468 @@
+"""What a frozen teacher says of every training image, computed once and kept on disk.
+
+A cache is one file of rows, a row an image, in the order of the training split. It is built block by block; a journal
+names each block that is on disk with its checksum. Whatever happens while it is built, a block that is not in the
+journal or does not match it is built again, and nothing else is. The folder's name is a hash of everything that
+determines the rows, so a cache that no longer fits is never found.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from filelock import FileLock, Timeout
+from huggingface_hub import constants
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_ihb.data.placement import readable_bytes, readable_seconds, rows_onto
+from hf_ihb.errors import CacheError
+from hf_ihb.functional.gram import TokenGram, gram_width, pack_gram, unpack_gram
+from hf_ihb.models.teacher import Teacher
+from hf_ihb.records import write_json
+
+FORMAT = 1
+BLOCK_ROWS = 512
+DESCRIPTION_FILE, ROWS_FILE, STATISTICS_FILE = "description.json", "rows.bin", "statistics.safetensors"
+_CHECKED_ROWS = 8
+_LOCK_SECONDS = 30.0
+
+Kind = Literal["tokens", "gram", "logits", "logits+tokens", "logits+gram"]
+_DTYPES = {"tokens": torch.float16, "gram": torch.float16, "logits": torch.float32}
+Compute = Callable[[Sequence[Sequence[int]]], Iterator[Tensor]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How what a teacher says of one image becomes a row.
+
+    ``tokens``: patch tokens as they are, half precision. ``gram``: their inner products, half precision, see
+    `hf_ihb.functional.gram`. ``logits``: class scores, float32. ``logits+tokens`` and ``logits+gram`` are scores and
+    features, side by side as bytes.
+
+    Attributes:
+        kind: One of the five.
+        shapes: Class count K of the scores as ``(1, K)``, where there are any; tokens N and width D of each layer.
+    """
+
+    kind: Kind
+    shapes: tuple[tuple[int, int], ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is stored."""
+        kinds = set(self._kinds)
+        return torch.uint8 if len(kinds) > 1 else _DTYPES[kinds.pop()]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes an image."""
+        return sum(self._bytes)
+
+    @property
+    def _kinds(self) -> list[str]:
+        """Of each part."""
+        *scores, features = self.kind.split("+")
+        return scores + [features] * (len(self.shapes) - len(scores))
+
+    @property
+    def _bytes(self) -> list[int]:
+        """Of each part."""
+        numbers = [gram_width(n) if k == "gram" else n * d for k, (n, d) in zip(self._kinds, self.shapes, strict=True)]
+        return [count * _DTYPES[kind].itemsize for kind, count in zip(self._kinds, numbers, strict=True)]
+
+    def pack(self, parts: Sequence[Tensor]) -> Tensor:
+        """``(B, 1, K)`` scores and ``(B, N, D)`` of each layer, as far as the row has them -> rows of `dtype`."""
+        numbers = [
+            (pack_gram(x) if kind == "gram" else x.flatten(1)).to(_DTYPES[kind])
+            for kind, x in zip(self._kinds, parts, strict=True)
+        ]
+        if self.dtype == torch.uint8:
+            numbers = [part.contiguous().view(torch.uint8) for part in numbers]
+        return torch.cat(numbers, dim=1)
+
+    def numbers(self, rows: Tensor) -> list[Tensor]:
+        """Rows -> for each part its numbers ``(B, n)``, as they are stored."""
+        parts = rows.split([size // self.dtype.itemsize for size in self._bytes], dim=1)
+        if self.dtype == torch.uint8:  # a part begins where its type may begin only in a tensor of its own
+            return [part.contiguous().view(_DTYPES[kind]) for kind, part in zip(self._kinds, parts, strict=True)]
+        return list(parts)
+
+    def unpack(self, rows: Tensor) -> list[Tensor | TokenGram]:
+        """Rows -> for each part ``(B, N, D)`` float32, or of inner products a `TokenGram`."""
+        parts = zip(self._kinds, self.shapes, self.numbers(rows), strict=True)
+        return [
+            unpack_gram(part, shape[0]) if kind == "gram" else part.float().unflatten(1, shape)
+            for kind, shape, part in parts
+        ]
+
+
+def cache_root(folder: str | None) -> Path:
+    """Folder of all caches: the one given, or one beside the Hub's own."""
+    return Path(constants.HF_HOME, "hf_ihb", "teacher_cache") if folder is None else Path(folder).expanduser()
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bytes of some tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def describe_teacher(teacher: Teacher) -> dict[str, Any]:
+    """What determines what a teacher says of a given image."""
+    config = teacher.model.config.to_dict()
+    # where it came from and what wrote it say nothing about what it is
+    kept = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
+    permutation = None if teacher.permutation is None else teacher.permutation.tolist()
+    return {
+        "class": type(teacher.model).__name__,
+        "config": kept,
+        "weights": fingerprint(teacher.model.state_dict()),
+        "pixels": None if teacher.pixels is None else teacher.pixels._asdict(),
+        "permutation": permutation,
+    }
+
+
+class TeacherCache:
+    """Rows of numbers, one for each training image.
+
+    Args:
+        root: Folder of all caches.
+        description: Everything that determines the rows, as JSON; its hash names the cache.
+        layout: What a row holds.
+        num_rows: Number of training images.
+    """
+
+    def __init__(self, root: Path, description: Mapping[str, Any], layout: Layout, num_rows: int) -> None:
+        self.layout, self.num_rows = layout, num_rows
+        self.description = {
+            "format": FORMAT,
+            "rows": num_rows,
+            "block_rows": BLOCK_ROWS,
+            "layout": dataclasses.asdict(layout),
+            **description,
+        }
+        canonical = json.dumps(self.description, sort_keys=True, default=str)
+        self.key = hashlib.sha256(canonical.encode()).hexdigest()
+        self.folder = root / self.key[:32]
+        self._intact: set[int] = set()
+        self._rows: Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the whole cache."""
+        return self.num_rows * self.layout.row_bytes
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of `BLOCK_ROWS` images; the last one may be short."""
+        return -(-self.num_rows // BLOCK_ROWS)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are, and the index is expected."""
+        return self._rows.device
+
+    def __call__(self, index: Tensor, device: torch.device | None = None) -> list[Tensor | TokenGram]:
+        """What the teacher said of some images, layer by layer.
+
+        Args:
+            index: ``(B,)`` int64 positions in the training split, where the rows are.
+            device: Where the answer is wanted; there as well if None.
+        """
+        here = device in (None, self.device)
+        # whole rows, whatever their type
+        rows = self._rows.index_select(0, index) if here else rows_onto(device, self._rows, index)
+        return self.layout.unpack(rows)
+
+    # ---- On disk ----
+
+    def _rows_of(self, block: int) -> range:
+        return range(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, self.num_rows))
+
+    def _journal(self) -> dict[str, str]:
+        """Checksum of each block, and of the statistics, that has been written; of a torn line nothing."""
+        found = {}
+        for path in sorted(self.folder.glob("journal-*.jsonl")):
+            for line in path.read_text("utf-8", errors="replace").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):
+                    record = json.loads(line)
+                    if isinstance(record, dict):
+                        found |= record
+        return found
+
+    def _note(self, name: str, checksum: str) -> None:
+        path = self.folder / f"journal-{PartialState().process_index}.jsonl"
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"\n{json.dumps({name: checksum})}")  # a line torn by a crash ends here
+            file.flush()
+            os.fsync(file.fileno())
+
+    def trouble(self, share: float = 1.0) -> str | None:
+        """What keeps the cache from being built: that it would take more than a share of the disk's free space."""
+        path = self.folder / ROWS_FILE
+        needed = self.num_bytes - (path.stat().st_blocks * 512 if path.is_file() else 0)
+        there = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.is_dir())
+        free = int(share * shutil.disk_usage(there).free)
+        if needed <= free:
+            return None
+        found = readable_bytes(free) if share == 1 else f"{readable_bytes(free)} ({share:.0%} of what is free)"
+        return f"{self.folder}: expected {readable_bytes(needed)} of disk for the teacher cache, found {found}"
+
+    def written(self) -> int:
+        """Images whose rows a journal names, without looking at the rows."""
+        names = self._journal() if self.folder.is_dir() else {}
+        return sum(len(self._rows_of(block)) for block in range(self.num_blocks) if str(block) in names)
+
+    def missing(self, *, show: bool = False) -> list[int]:
+        """Blocks that are not there or not what was written.
+
+        Args:
+            show: With a progress bar.
+        """
+        path, journal = self.folder / ROWS_FILE, self._journal()
+        blocks = [b for b in range(self.num_blocks) if str(b) in journal and b not in self._intact]
+        if blocks and path.is_file():
+            with path.open("rb") as file:
+                for block in tqdm(blocks, desc="Checking the teacher cache", unit="block", disable=not show, delay=1):
+                    rows = self._rows_of(block)
+                    file.seek(rows.start * self.layout.row_bytes)
+                    content = file.read(len(rows) * self.layout.row_bytes)
+                    if hashlib.sha256(content).hexdigest() == journal[str(block)]:
+                        self._intact.add(block)
+        return [block for block in range(self.num_blocks) if block not in self._intact]
+
+    def _write(self, block: int, values: Tensor) -> None:
+        content = values.contiguous().numpy().tobytes()
+        with self._storing(), (self.folder / ROWS_FILE).open("r+b") as file:
+            file.seek(self._rows_of(block).start * self.layout.row_bytes)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            self._note(str(block), hashlib.sha256(content).hexdigest())
+        self._intact.add(block)
+
+    def statistics(self, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors that belong to the cache and are made once.
+
+        Args:
+            make: Makes them, where they are not there or not what was written.
+        """
+        path = self.folder / STATISTICS_FILE
+        with contextlib.suppress(OSError, SafetensorError):
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() == self._journal().get(STATISTICS_FILE):
+                return load(content)
+        made = {name: tensor.cpu().contiguous() for name, tensor in make().items()}
+        if PartialState().is_local_main_process:
+            with self._storing():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                content, staged = save(made), path.with_suffix(".tmp")
+                staged.write_bytes(content)
+                staged.replace(path)
+                self._note(STATISTICS_FILE, hashlib.sha256(content).hexdigest())
+        return made
+
+    # ---- Building ----
+
+    def open(self, compute: Compute, batch_size: int, *, tolerance: float, show: bool) -> None:
+        """Builds what is missing, checks the rest, and makes the rows readable.
+
+        Blocks are shared out among the processes. Another run that builds the same cache is waited for.
+
+        Args:
+            compute: Batches of row numbers -> for each of them the rows ``(n, width)``.
+            batch_size: Images in a batch, at most.
+            tolerance: Relative error within which rows that are computed anew must agree with those on disk.
+            show: Print size and time before, with a progress bar.
+
+        Raises:
+            CacheError: On every process, if a disk is full or cannot be written to, a number does not fit, or a row on
+                disk is not what the teacher says.
+        """
+        state = PartialState()
+        shares = [(state.process_index, state.num_processes)]
+        if (local := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) < state.num_processes:
+            shares.append((state.local_process_index, local))  # machines that do not share a disk
+        with self._alone(state, show):
+            for number, (index, count) in enumerate(shares):
+                with self._on_every_process(state):
+                    missing = [block for block in self.missing(show=show) if block % count == index]
+                    if missing:
+                        self._build(missing, compute, batch_size, show and number == 0)
+        with self._on_every_process(state):
+            if missing := self.missing():
+                raise CacheError(
+                    f"{self.folder}: expected {self.num_blocks} whole blocks, found {len(missing)} damaged"
+                )
+            numbers = self.num_bytes // self.layout.dtype.itemsize
+            rows = torch.from_file(str(self.folder / ROWS_FILE), size=numbers, dtype=self.layout.dtype)
+            self._rows = rows.view(self.num_rows, -1)
+            self._compare(compute, tolerance)
+
+    def _build(self, blocks: Sequence[int], compute: Compute, batch_size: int, show: bool) -> None:
+        self._make_room()
+        batches = {block: _batches(self._rows_of(block), batch_size) for block in blocks}
+        count = sum(len(self._rows_of(block)) for block in blocks)
+        if show:
+            print(self._announcement(count, compute, batch_size), flush=True)
+        answers = compute([batch for parts in batches.values() for batch in parts])
+        with tqdm(total=count, desc="Teacher cache", unit="img", disable=not show) as bar:
+            for block, parts in batches.items():
+                rows = []
+                for batch in parts:
+                    rows.append(self._fitting(next(answers), batch))
+                    bar.update(len(batch))
+                self._write(block, torch.cat(rows))
+
+    def _make_room(self) -> None:
+        """The folder with its description, and a file of the whole size, sparse until it is written."""
+        with self._storing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if PartialState().is_local_main_process:  # for people; nothing reads it
+                write_json(self.folder / DESCRIPTION_FILE, self.description)
+            rows = self.folder / ROWS_FILE
+            rows.touch()
+            if (trouble := self.trouble()) is not None:
+                raise CacheError(f"{trouble}; give another 'teacher_cache_dir', or 'teacher_cache' off")
+            os.truncate(rows, self.num_bytes)
+
+    def _announcement(self, count: int, compute: Compute, batch_size: int) -> str:
+        """What is about to be built, its size, and how long it takes, measured on one batch."""
+        first = range(min(batch_size, BLOCK_ROWS, self.num_rows))
+        next(compute([first]))
+        start = time.perf_counter()
+        next(compute([first]))
+        each = (time.perf_counter() - start) / len(first)
+        processes = PartialState().num_processes
+        todo = f"{count * processes:,}" if processes > 1 else f"{count:,}"
+        return (
+            f"Teacher cache ({self.layout.kind}): {self.num_rows:,} images x {self.layout.row_bytes:,} B = "
+            f"{readable_bytes(self.num_bytes)} in {self.folder}; {todo} images to go, about "
+            f"{readable_seconds(each * count)} ({1000 * each:.3g} ms an image)"
+        )
+
+    def _stored(self, rows: Tensor) -> Tensor:
+        """Rows as they are written."""
+        if self.layout.dtype == torch.uint8 and rows.dtype != torch.uint8:
+            raise TypeError(f"rows of '{self.layout.kind}': expected bytes, as `Layout.pack` makes them")
+        return rows.to(self.layout.dtype).cpu()
+
+    def _fitting(self, values: Tensor, rows: Sequence[int]) -> Tensor:
+        stored = self._stored(values)
+        for part in self.layout.numbers(stored):
+            if not (finite := torch.isfinite(part).all(dim=1)).all():
+                raise CacheError(
+                    f"teacher cache ({self.layout.kind}): expected numbers within {torch.finfo(part.dtype).max:g}, "
+                    f"found one beyond or NaN for training image {rows[int(finite.int().argmin())]}; give "
+                    "'teacher_cache' off"
+                )
+        return stored
+
+    def _compare(self, compute: Compute, tolerance: float) -> None:
+        """Some rows are computed anew: the key cannot know of a driver, or of a teacher changed in place."""
+        rows = torch.linspace(0, self.num_rows - 1, min(_CHECKED_ROWS, self.num_rows)).long()
+        stored, fresh = self._rows[rows], self._stored(next(compute([rows.tolist()])))
+        errors = self._distances(stored, fresh)
+        if not (errors <= tolerance).all():
+            worst = int(errors.nan_to_num(torch.inf).argmax())
+            raise CacheError(
+                f"{self.folder}: training image {int(rows[worst])}: expected what the teacher says now, found a "
+                f"row that is {float(errors[worst]):.2g} away (relative, {tolerance:g} allowed); delete the folder"
+            )
+
+    def _distances(self, stored: Tensor, fresh: Tensor) -> Tensor:
+        """``(B,)`` relative distance of rows, of scores or of features where that is larger."""
+        kinds, distances = self.layout.kind.split("+"), []
+        sides = [self.layout.numbers(rows) for rows in (stored, fresh)]
+        for one in range(len(kinds)):
+            parts = slice(0, 1) if one == 0 and len(kinds) > 1 else slice(len(kinds) - 1, None)
+            old, new = (torch.cat([part.float() for part in side[parts]], dim=1) for side in sides)
+            distances.append((old - new).norm(dim=1) / new.norm(dim=1).clamp_min(1e-12))
+        return torch.stack(distances).amax(dim=0)
+
+    # ---- Several processes ----
+
+    @contextlib.contextmanager
+    def _alone(self, state: PartialState, show: bool) -> Iterator[None]:
+        """The main process holds the lock; the others hear of it at once, however long another run takes."""
+        lock, said = FileLock(self.folder.with_suffix(".lock")), False
+        with self._on_every_process(state), self._storing():
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            held = [True]
+            if state.is_main_process:
+                try:
+                    lock.acquire(timeout=_LOCK_SECONDS)
+                except Timeout:
+                    held = [False]
+                    if show and not said:
+                        print(f"Waiting for another run that builds the teacher cache in {self.folder}", flush=True)
+                        said = True
+            if broadcast_object_list(held)[0]:
+                break
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextlib.contextmanager
+    def _on_every_process(self, state: PartialState) -> Iterator[None]:
+        """An error of one process ends all of them, instead of leaving them in a collective."""
+        error: CacheError | None = None
+        try:
+            yield
+        except CacheError as raised:
+            error = raised
+        if state.num_processes == 1:
+            if error is not None:
+                raise error
+            return
+        found = gather_object([(self.key, None if error is None else str(error))])
+        if messages := [message for _, message in found if message is not None]:
+            raise error or CacheError(messages[0])
+        if len({key for key, _ in found}) > 1:
+            raise CacheError(
+                "teacher cache: expected the same teacher and images on all processes, found different ones"
+            )
+
+    @contextlib.contextmanager
+    def _storing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CacheError(
+                f"{self.folder}: the teacher cache cannot be written ({error.strerror or error}); what is there is "
+                "kept. Give another 'teacher_cache_dir', or 'teacher_cache' off"
+            ) from error
+
+    def place(self, device: torch.device, where: Literal["device", "host"]) -> None:
+        """Moves the rows to where they are read from fastest.
+
+        Args:
+            device: That the training runs on.
+            where: Onto it, or left to the file and its pages in memory.
+        """
+        if where == "device":
+            self._rows = self._rows.to(device)
+
+
+def _batches(rows: range, size: int) -> list[range]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]

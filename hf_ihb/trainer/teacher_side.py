@@ -1,0 +1,372 @@
+"""What the teacher says of a batch, live or from its cache, brought to where the student looks."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainingArguments
+
+from hf_ihb.data import StoredSplit, host_index, placement
+from hf_ihb.errors import DataError, RecipeError
+from hf_ihb.functional.gram import TokenGram
+from hf_ihb.functional.resampling import Resampler
+from hf_ihb.functional.tokens import pool_tokens, standardize_tokens
+from hf_ihb.methods import Method
+from hf_ihb.models.correspondence import Correspondence
+from hf_ihb.models.features import FeatureMap
+from hf_ihb.records import library_versions
+from hf_ihb.step import Preparation, Step, TeacherOutputs, TeacherTokens, Views
+from hf_ihb.trainer.arguments import tokens_because
+from hf_ihb.trainer.compiling import compiled
+from hf_ihb.trainer.teacher_cache import Kind, Layout, TeacherCache, cache_root, describe_teacher
+
+# Relative error between a row of the cache and the same row computed anew: storage and, in bfloat16, kernels that round
+# differently in another batch.
+_TOLERANCES = {torch.float32: 1e-2, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+
+_SHARE_OF_DISK = 0.25  # that 'auto' may take of what is free
+
+
+class Parts(NamedTuple):
+    """What a teacher says of a batch, before it is brought to where the student looks.
+
+    Attributes:
+        logits: ``(B, K)`` class scores; None where they were not asked for.
+        layers: ``(B, N, D)`` of each layer, the final tokens last, or their `TokenGram`; None likewise.
+    """
+
+    logits: Tensor | None = None
+    layers: Sequence[Tensor | TokenGram] | None = None
+
+
+class TeacherSide:
+    """Asks a trainer's teacher once for each distinct view, and keeps the cache of what it says of stored images.
+
+    Args:
+        trainer: Gives teacher, images and the device; its arguments are read when it is asked.
+        args: Of the training.
+        methods: That learn from it.
+        layers: How its layers fit the student's; None where no method learns from features.
+    """
+
+    def __init__(
+        self, trainer: Trainer, args: TrainingArguments, methods: Sequence[Method], layers: Correspondence | None
+    ) -> None:
+        self.trainer, self.methods, self.layers = trainer, list(methods), layers
+        self.cache: TeacherCache | None = None
+        self.statistics: list[tuple[Tensor, Tensor]] | None = None
+        needs = [method.needs for method in methods]
+        self._asks_logits = any(need.logits for need in needs)
+        self._preparations: list[Preparation] = list(dict.fromkeys(n.preparation for n in needs if n.layers))
+        self._align = compiled(self._aligned, args)
+
+    # ---- Asking ----
+
+    def outputs(self, step: Step, *, shuffled: bool) -> TeacherOutputs:
+        """What the teacher says of a training batch.
+
+        Args:
+            step: Of the batch.
+            shuffled: Whether each image is answered for by the next one of the batch.
+        """
+        parts = self._read(step, shuffled)
+        wanted = (self._asks_logits and parts.logits is None, self.layers is not None and parts.layers is None)
+        live = self._ask(step.inputs, step.views, *wanted, shuffled=shuffled)
+        logits = live.logits if parts.logits is None else parts.logits
+        if self.layers is None:
+            return TeacherOutputs(logits)
+        follows = step.views is not None and self.trainer.args.teacher_view == "shared"
+        layers, final = self._align(
+            live.layers if parts.layers is None else parts.layers, step.views.affine if follows else None
+        )
+        return TeacherOutputs(logits, layers, final)
+
+    def logits(self, inputs: Mapping[str, Any]) -> Tensor:
+        """``(B, K)`` class scores of images as they are stored."""
+        return self._ask(inputs, None, True, False).logits
+
+    def _ask(
+        self, inputs: Mapping[str, Any], views: Views | None, logits: bool, layers: bool, *, shuffled: bool = False
+    ) -> Parts:
+        """Scores and features, as far as they are wanted, with one forward where both see the same."""
+        args = self.trainer.args
+        augmented = (args.teacher_logits_view == "identical", args.teacher_view == "identical")
+        if logits and layers and (augmented[0] == augmented[1] or views is None):
+            pixels = self._pixels(inputs, views, augmented[0], shuffled)
+            scores, maps = self._forward(pixels, logits=True, layers=True)
+            return Parts(scores, self._pooled(maps))
+        scores = maps = None
+        if logits:
+            scores, _ = self._forward(self._pixels(inputs, views, augmented[0], shuffled), logits=True)
+        if layers:
+            _, maps = self._forward(self._pixels(inputs, views, augmented[1], shuffled), layers=True)
+        return Parts(scores, None if maps is None else self._pooled(maps))
+
+    def _pixels(self, inputs: Mapping[str, Any], views: Views | None, augmented: bool, shuffled: bool) -> Tensor:
+        """What the teacher sees of a batch, normalised."""
+        teacher = self.trainer.teacher
+        if "teacher_pixel_values" in inputs:
+            pixels = inputs["teacher_pixel_values"]
+        elif views is not None:
+            pixels = teacher.prepare(views.seen if augmented else views.images)
+        else:
+            pixels = inputs["pixel_values"]
+            pixels = teacher.prepare(pixels) if pixels.dtype == torch.uint8 else pixels
+        return pixels.roll(-1, dims=0) if shuffled else pixels
+
+    def _forward(
+        self, pixels: Tensor, *, logits: bool = False, layers: bool = False
+    ) -> tuple[Tensor | None, list[FeatureMap]]:
+        teacher, norm = self.trainer.teacher, self.trainer.args.teacher_norm
+        with torch.no_grad(), self.trainer.accelerator.autocast():
+            if not layers:
+                return teacher.logits(pixels), []
+            if logits:
+                scores, maps = teacher.logits_and_features(pixels, self.layers.teacher_layers, norm)
+            else:
+                scores, maps = None, teacher.features(pixels, self.layers.teacher_layers, norm)
+        return scores, [m._replace(tokens=m.tokens.float()) for m in maps]
+
+    def _pooled(self, maps: Sequence[FeatureMap]) -> list[Tensor]:
+        """Patch tokens of each layer, and last the final ones, where there are any."""
+        tokens = self.layers.pool(maps)
+        if self.layers.has_final:
+            deepest = self.layers.deepest(maps)
+            deepest = deepest if self.trainer.args.teacher_norm else self.trainer.teacher.normed(deepest)
+            tokens.append(pool_tokens(deepest.patch_tokens, deepest.grid, self.layers.grids[-1])[0])
+        return tokens
+
+    def _aligned(
+        self, layers: Sequence[Tensor | TokenGram], affine: Tensor | None
+    ) -> tuple[dict[Preparation, list[TeacherTokens]], TeacherTokens | None]:
+        """Tokens of each layer, prepared and at the places where the student's look: one graph where it is compiled."""
+        move, geometry = Resampler(affine), self.layers
+
+        def moved(layer: int, preparation: Preparation) -> TeacherTokens:
+            ready = isinstance(layers[layer], TokenGram)  # prepared before its inner products were taken
+            tokens = layers[layer] if ready else self._prepared(layers[layer], layer, preparation)
+            return TeacherTokens(*move(tokens, geometry.teacher_grids[layer], geometry.grids[layer]))
+
+        count = len(geometry.teacher_layers)
+        prepared = {p: [moved(layer, p) for layer in range(count)] for p in self._preparations}
+        final = None
+        if geometry.has_final:
+            final = TeacherTokens(*move(layers[-1], geometry.teacher_grids[-1], geometry.grids[-1]))
+        return prepared, final
+
+    def _prepared(self, tokens: Tensor, layer: int, preparation: Preparation) -> Tensor:
+        if preparation == "plain":
+            return tokens
+        mean, std = self.statistics[layer]
+        return tokens - mean if preparation == "centered" else standardize_tokens(tokens, mean, std)
+
+    # ---- Statistics ----
+
+    def _take_statistics(self, cache: TeacherCache | None) -> None:
+        self.statistics = None
+        if set(self._preparations) <= {"plain"}:
+            return
+        statistics = self.measure_statistics() if cache is None else cache.statistics(self.measure_statistics)
+        statistics = {name: tensor.to(self.trainer.args.device) for name, tensor in statistics.items()}
+        count = len(self.layers.teacher_layers)
+        self.statistics = [(statistics[f"mean.{layer}"], statistics[f"std.{layer}"]) for layer in range(count)]
+
+    @torch.no_grad()
+    def measure_statistics(self) -> dict[str, Tensor]:
+        """For each layer the mean of each position ``(N, D)``, pooled like the tokens, and the channels' deviations.
+
+        The deviations ``(D,)`` are around the means of the teacher's own grid.
+        """
+        trainer, args = self.trainer, self.trainer.args
+        subset = spread(trainer.train_dataset, args.teacher_statistics_samples)
+        loader = DataLoader(subset, args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
+        sums: list[list[Any]] = [[0, 0] for _ in self.layers.teacher_layers]
+        count = 0
+        for inputs in tqdm(loader, desc="Teacher statistics", disable=trainer.is_quiet):
+            pixels = self._pixels(trainer._prepare_inputs(inputs), None, False, False)
+            _, maps = self._forward(pixels, layers=True)
+            # float64 on the CPU: not every accelerator has it, and this is done once
+            tokens = [m.patch_tokens.cpu().double() for m in maps]
+            sums = [[a + t.sum(0), b + t.square().sum(0)] for (a, b), t in zip(sums, tokens, strict=True)]
+            count += len(tokens[0])
+        statistics = {}
+        grids = self.layers.grids[: len(maps)]
+        for layer, ((first, second), feature_map, grid) in enumerate(zip(sums, maps, grids, strict=True)):
+            mean = first / count
+            variance = (second / count - mean.square()).clamp_min(0).mean(dim=0)
+            # a channel that never varies must not be divided by its rounding noise
+            floor = 1e-6 * variance.max().sqrt().clamp_min(1e-12)
+            statistics[f"mean.{layer}"] = pool_tokens(mean[None], feature_map.grid, grid)[0][0].float()
+            statistics[f"std.{layer}"] = variance.sqrt().clamp_min(floor).float()
+        return statistics
+
+    # ---- The cache ----
+
+    def open(self) -> None:
+        """Opens or builds the cache and takes the statistics, as the arguments ask.
+
+        Raises:
+            RecipeError: If a cache is asked for that cannot serve this training.
+            CacheError: If it cannot be written, or does not hold what the teacher says.
+        """
+        self.cache = None
+        trainer, args = self.trainer, self.trainer.args
+        cache, reason = self._choose_cache()
+        if args.teacher_cache == "auto" and trainer.is_world_process_zero():
+            print(f"teacher_cache auto: {'off' if cache is None else cache.layout.kind} ({reason})", flush=True)
+        # what is drawn in training must not depend on whether the teacher had to be asked before
+        with torch.random.fork_rng(devices=[args.device] if args.device.type == "cuda" else []):
+            self._take_statistics(cache)
+            if cache is not None:
+                cache.open(
+                    lambda batches: self._rows(cache.layout, batches),
+                    args.per_device_eval_batch_size,
+                    tolerance=_TOLERANCES[self._precision],
+                    show=not trainer.is_quiet,
+                )
+                cache.place(args.device, placement(cache.num_bytes, args.device))
+                self.cache = cache
+
+    def _choose_cache(self) -> tuple[TeacherCache | None, str]:
+        """The cache to read from, if any, and why."""
+        asked = self.trainer.args.teacher_cache
+        if asked == "off":
+            return None, "asked for"
+        if (obstacle := self._obstacle()) is not None:
+            if asked != "auto":
+                raise RecipeError(f"key 'teacher_cache': expected 'off', found '{asked}': {obstacle}")
+            return None, obstacle
+        kind = self._kind(asked)
+        cache = TeacherCache(
+            cache_root(self.trainer.args.teacher_cache_dir),
+            self._description(kind),
+            Layout(kind, self._shapes(kind)),
+            len(self.trainer.train_dataset),
+        )
+        if asked != "auto":
+            return cache, "asked for"
+        to_go, live = cache.num_rows - cache.written(), self._images_to_see()
+        forwards = f"{to_go:,} teacher forwards instead of {live:,}"
+        if to_go >= live:
+            return None, f"a cache would take {forwards}"
+        if (trouble := cache.trouble(_SHARE_OF_DISK)) is not None:
+            return None, trouble
+        return cache, f"{self._reason(kind)}; {forwards}"
+
+    def _is_stored(self) -> tuple[bool, bool]:
+        """Whether scores, and whether features, are wanted of images as they are stored."""
+        args = self.trainer.args
+        logits = self._asks_logits and args.teacher_logits_view == "clean"
+        return logits, self.layers is not None and args.teacher_view != "identical"
+
+    def _obstacle(self) -> str | None:
+        """Why what the teacher says of a training image is not a constant, or cannot be looked up."""
+        if not isinstance(self.trainer.train_dataset, StoredSplit):
+            return "the training set is not one of stored images"
+        if not any(self._is_stored()):
+            return "the teacher sees the student's augmented image, a new one in every epoch"
+        return None
+
+    def _kind(self, asked: str) -> Kind:
+        """The smallest row that serves all methods whose view is the stored image, or what was asked for."""
+        logits, features = self._is_stored()
+        if not features:
+            return "logits"
+        enough = tokens_because(self.methods) is None and self._preparations == [self._gram_preparation]
+        smallest = "gram" if enough else "tokens"
+        name = smallest if asked == "auto" else asked
+        return f"logits+{name}" if logits else name
+
+    def _reason(self, kind: Kind) -> str:
+        """Why it is this one."""
+        if kind == "logits":
+            return "the teacher sees the stored image"
+        if kind.endswith("gram"):
+            return "inner products of an image's tokens are all that the losses need"
+        return f"'{tokens_because(self.methods)}' needs the tokens themselves"
+
+    def _shapes(self, kind: Kind) -> tuple[tuple[int, int], ...]:
+        scores = ((1, self.trainer.student.config.num_labels),) if kind.startswith("logits") else ()
+        return scores + (() if kind == "logits" else self.layers.teacher_shapes)
+
+    def _description(self, kind: Kind) -> dict[str, Any]:
+        """What determines a row."""
+        trainer, args = self.trainer, self.trainer.args
+        rows = {
+            "teacher": describe_teacher(trainer.teacher),
+            "precision": f"{self._precision} on {args.device.type}",
+            "images": trainer.train_dataset.fingerprint(),
+            "versions": library_versions("torch", "transformers", "timm"),
+        }
+        if kind == "logits":
+            return rows
+        taken = not set(self._preparations) <= {"plain"}
+        return rows | {
+            "layers": list(self.layers.teacher_layers),
+            "norm": args.teacher_norm,
+            "losses": {"relation": self.layers.has_final},  # the final tokens are part of a row
+            "grids": list(self.layers.teacher_grids),
+            "preparation": self._gram_preparation if kind.endswith("gram") else "plain",
+            "statistics_samples": args.teacher_statistics_samples if taken else None,
+        }
+
+    @property
+    def _gram_preparation(self) -> Preparation:
+        return "centered" if self.trainer.args.center_positions else "plain"
+
+    def _images_to_see(self) -> int:
+        args = self.trainer.args
+        if args.max_steps > 0:
+            return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return math.ceil(args.num_train_epochs * len(self.trainer.train_dataset))
+
+    @property
+    def _precision(self) -> torch.dtype:
+        """In which the teacher calculates."""
+        precision = self.trainer.accelerator.mixed_precision
+        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        return mixed or self.trainer.teacher.model.dtype
+
+    @torch.no_grad()
+    def _rows(self, layout: Layout, batches: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """Rows of the cache for batches of training images."""
+        trainer = self.trainer
+        loader = DataLoader(
+            trainer.train_dataset,
+            batch_sampler=batches,
+            collate_fn=trainer.data_collator,
+            num_workers=trainer.args.dataloader_num_workers if len(batches) > 1 else 0,
+        )
+        logits, features = layout.kind.startswith("logits"), layout.kind != "logits"
+        for inputs in loader:
+            parts = self._ask(trainer._prepare_inputs(inputs), None, logits, features)
+            layers = list(parts.layers or [])
+            if layout.kind.endswith("gram"):
+                layers = [self._prepared(x, layer, self._gram_preparation) for layer, x in enumerate(layers)]
+            yield layout.pack(([parts.logits[:, None]] if logits else []) + layers)
+
+    def _read(self, step: Step, shuffled: bool) -> Parts:
+        """What the cache holds of a training batch; nothing where there is none."""
+        if self.cache is None or step.views is None:
+            return Parts()
+        index = step.inputs["index"]
+        device = index.device
+        if self.cache.device != device:
+            index = torch.from_numpy(host_index(step.inputs))
+        parts = self.cache(index.roll(-1) if shuffled else index, device)
+        kind = self.cache.layout.kind
+        if kind == "logits":
+            return Parts(parts[0][:, 0])
+        return Parts(parts[0][:, 0], parts[1:]) if kind.startswith("logits") else Parts(None, parts)
+
+
+def spread(dataset: Dataset, count: int) -> Dataset:
+    """`count` items at even distances, so that a set sorted by class is not cut to its first classes."""
+    if not hasattr(dataset, "__len__"):
+        raise DataError("expected a training set with a length, to score the teacher or take its statistics from it")
+    rows = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().unique()
+    return Subset(dataset, rows.tolist())
