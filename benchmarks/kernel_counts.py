@@ -26,7 +26,7 @@ from hf_ihb.losses import StructuralLoss, TokenPair, task_loss
 from hf_ihb.models.module import StudentModule
 from hf_ihb.models.processing import PixelFormat
 from hf_ihb.models.student import build_student
-from hf_ihb.report import markdown_table
+from hf_ihb.runs.report import markdown_table
 from hf_ihb.trainer.structural import Resampler
 from hf_ihb.views import Augmenter, class_targets
 

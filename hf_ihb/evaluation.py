@@ -22,8 +22,8 @@ from hf_ihb.metrics import Accuracy, TeacherFidelity, classification_metrics, de
 from hf_ihb.models.features import size_arguments
 from hf_ihb.models.pretrained import Pretrained, label_permutation
 from hf_ihb.models.teacher import Teacher
-from hf_ihb.records import default_device, environment
-from hf_ihb.report import markdown_table
+from hf_ihb.runs.environment import default_device, environment
+from hf_ihb.runs.report import markdown_table
 
 TASK = "image-classification"
 Reader = Callable[[Tensor], dict[str, Tensor]]  # (B, C, H, W) uint8 images -> (B, K) logits of each head

@@ -1,9 +1,7 @@
 """A run folder from its opening to its results, and the way a script ends."""
 
-import json
 import math
 import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,29 +13,25 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from hf_ihb.analysis import analyze
-from hf_ihb.checkpoint import HEADS_FILE
 from hf_ihb.config.fields import published_flaws
 from hf_ihb.config.measure import AnalysisArguments
 from hf_ihb.config.recipe import read_recipe
 from hf_ihb.config.run import RunArguments
 from hf_ihb.data import ImageData
-from hf_ihb.errors import HfIhbError, RecipeError
+from hf_ihb.errors import HfIhbError
 from hf_ihb.evaluation import evaluate_model
 from hf_ihb.models.attention import has_attention
 from hf_ihb.models.pretrained import Pretrained, load_pretrained
 from hf_ihb.plots import confusion_matrix_plot, draw_analyses
-from hf_ihb.records import (
+from hf_ihb.runs.files import read_json, write_json
+from hf_ihb.runs.folder import (
     ANALYSIS_FILE,
-    CARD_FILE,
     EVALUATION_FILE,
     HISTORY_FILE,
     METRICS_FILE,
-    PLOTS,
     PLOTS_FOLDER,
     RECIPE_FILE,
-    STAGING_FOLDER,
-    read_json,
-    write_json,
+    RunFolder,
 )
 from hf_ihb.trainer import SupervisedTrainer
 from hf_ihb.trainer.publishing import resolved_recipe
@@ -82,19 +76,8 @@ def open_run(args: TrainingArguments, run_args: RunArguments, recipe: Path) -> N
         RecipeError: If the folder is a file, holds something that is not ours, or an earlier run that is neither
             resumed nor overwritten.
     """
-    folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"key 'output_dir': expected a folder, found the file {folder}")
-    if folder.is_dir() and any(folder.iterdir()) and not _is_run(folder):
-        raise RecipeError(f"key 'output_dir': expected an empty or new folder, found {folder} with other content")
-    holds_weights = (folder / "model.safetensors").is_file() or any(folder.glob("checkpoint-*"))
-    if holds_weights and not resume_argument(args) and not run_args.overwrite_output_dir:
-        raise RecipeError(
-            f"key 'output_dir': expected an empty or new folder, found an earlier run in {folder}; go on with it by "
-            "--resume_from_checkpoint true, or replace it by --overwrite_output_dir true"
-        )
-    if not os.access(next(p for p in (folder, *folder.absolute().parents) if p.exists()), os.W_OK):
-        raise RecipeError(f"key 'output_dir': expected a folder that can be written to, found {folder}")
+    goes_on = bool(resume_argument(args))
+    RunFolder(args.output_dir).check_writable(goes_on=goes_on, replaces=run_args.overwrite_output_dir)
     if args.process_index == 0 and (note := batch_note(args, read_recipe(recipe), str(recipe))) is not None:
         print(note, flush=True)
     PartialState().wait_for_everyone()  # nobody writes before everybody has looked
@@ -120,25 +103,6 @@ def batch_note(args: TrainingArguments, recipe: Mapping[str, Any], name: str) ->
         f"{processes} processes x {per_device} images x {steps} accumulated make steps of {found} images, where "
         f"{name} means {intended}: {remedy} to keep its learning rate right"
     )
-
-
-def _is_run(folder: Path) -> bool:
-    """Whether a folder holds a run of ours, judged by what its recipe.json says."""
-    try:
-        content = json.loads((folder / RECIPE_FILE).read_text("utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
-        return False
-    return isinstance(content, dict) and {"keys", "environment"} <= content.keys()
-
-
-def _clear_run(folder: Path) -> None:
-    """Removes what an earlier run of ours wrote, and nothing else."""
-    for path in (*folder.glob("checkpoint-*"), folder / HEADS_FILE.parent, folder / STAGING_FOLDER):
-        if path.exists():
-            shutil.rmtree(path)
-    results = (HISTORY_FILE, EVALUATION_FILE, METRICS_FILE, ANALYSIS_FILE, CARD_FILE)
-    for name in (RECIPE_FILE, *results, *PLOTS, "model.safetensors"):
-        (folder / name).unlink(missing_ok=True)
 
 
 def run_training(trainer: SupervisedTrainer, data: ImageData, recipe: Path, arguments: tuple[Any, ...]) -> dict:
@@ -167,7 +131,7 @@ def run_training(trainer: SupervisedTrainer, data: ImageData, recipe: Path, argu
             logger.warning(line)
         folder.mkdir(parents=True, exist_ok=True)
         if not resume_argument(trainer.args):
-            _clear_run(folder)
+            RunFolder(folder).clear()
         dataset = {"name": data.name, "revision": data.revision, "label_names": data.label_names}
         dataset |= {split: len(getattr(data, split)) for split in ("train", "validation", "test")}
         write_json(folder / RECIPE_FILE, resolved_recipe(trainer, arguments, recipe=recipe, dataset=dataset))

@@ -19,7 +19,7 @@ from transformers import BitImageProcessor, TrainerCallback
 from gpu.builds import IMAGENET, Builder, dinov2
 from gpu.job import ROOT, Context
 from hf_ihb.config.augmentation import AugmentationArguments
-from hf_ihb.records import read_json
+from hf_ihb.runs.files import read_json
 from hf_ihb.views import Augmenter
 
 STEPS, BATCH = 5, 32

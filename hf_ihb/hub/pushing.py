@@ -21,8 +21,8 @@ from transformers.utils import CONFIG_NAME
 from hf_ihb.access import explain
 from hf_ihb.config.run import PublishArguments
 from hf_ihb.errors import HubPushError, RecipeError
-from hf_ihb.hub.staging import is_run_record, is_weights, owned_names, stage_run
-from hf_ihb.records import CARD_FILE, RECIPE_FILE
+from hf_ihb.hub.staging import is_weights, owned_names, stage_run
+from hf_ihb.runs.folder import CARD_FILE, RECIPE_FILE, is_record
 
 logger = logging.getLogger(__name__)
 
@@ -267,7 +267,7 @@ class _Push:
         """Finds what the branch holds, and refuses to write over what is not ours."""
         head = self._head(make=True)
         names = {file.rfilename for file in head.siblings or []}
-        ours = is_run_record(self._fetch(RECIPE_FILE, names, head))
+        ours = is_record(self._fetch(RECIPE_FILE, names, head))
         others = {n for n in names if n not in (".gitattributes", CARD_FILE) and not n.upper().startswith("LICENSE")}
         if others and not ours and not overwrite:
             raise HubPushError(

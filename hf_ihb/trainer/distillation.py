@@ -13,7 +13,7 @@ from hf_ihb.data import StoredSplit, host_index, placement
 from hf_ihb.errors import DataError, RecipeError
 from hf_ihb.models.processing import pixel_format
 from hf_ihb.models.teacher import Teacher
-from hf_ihb.records import library_versions
+from hf_ihb.runs.environment import library_versions
 from hf_ihb.teacher_cache import Kind, Layout, TeacherCache, cache_root, describe_teacher
 from hf_ihb.trainer.arguments import DistillationTrainingArguments
 from hf_ihb.trainer.supervised import SupervisedTrainer

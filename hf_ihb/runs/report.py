@@ -1,11 +1,11 @@
 """Run folders -> one table, from their files alone."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_ihb.errors import DataError
+from hf_ihb.runs.folder import EVALUATION_FILE, RECIPE_FILE, RunFolder
 
 _COLUMNS = (
     "run",
@@ -24,14 +24,10 @@ def read_run(folder: Path) -> dict[str, Any]:
     """What the table needs of one run folder.
 
     Raises:
-        DataError: If the run has not finished.
+        DataError: If the run has not finished, or its files are not what their names say.
     """
-    try:
-        recipe = json.loads((folder / "recipe.json").read_text("utf-8"))
-        evaluation = json.loads((folder / "evaluation.json").read_text("utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise DataError(f"{folder}: expected a finished run with recipe.json and evaluation.json ({error})") from error
-    return {"name": folder.name, "recipe": recipe, "evaluation": evaluation}
+    run = RunFolder(folder)
+    return {"name": folder.name, "recipe": run.read(RECIPE_FILE), "evaluation": run.read(EVALUATION_FILE)}
 
 
 def learned_from(recipe: dict[str, Any]) -> str:
@@ -52,29 +48,39 @@ def results_table(folders: Sequence[Path]) -> str:
     """A Markdown table, one row a run; accuracies in per cent.
 
     Raises:
-        DataError: If a run has not finished.
+        DataError: If a run has not finished, or its files are not what their names say.
     """
     rows = [_COLUMNS]
-    for run in map(read_run, folders):
-        keys, evaluation = run["recipe"]["keys"], run["evaluation"]
-        agreement = evaluation["test"].get("teacher_agreement")
-        batch = keys["per_device_train_batch_size"] * keys["gradient_accumulation_steps"]
-        batch *= run["recipe"]["environment"]["num_processes"]
-        epochs = evaluation["train_steps"] * batch / evaluation["num_train_images"]
-        rows.append(
-            (
-                run["name"],
-                learned_from(run["recipe"]),
-                f"{evaluation['num_parameters']:,}",
-                f"{evaluation['num_train_images']:,} x {epochs:.1f}",
-                str(evaluation["seed"]),
-                f"{100 * evaluation['validation']['accuracy']:.2f}",
-                f"{100 * evaluation['test']['accuracy']:.2f}",
-                "" if agreement is None else f"{100 * agreement:.2f}",
-                f"{evaluation['train_seconds'] / 60:.1f}",
-            )
-        )
+    for folder in folders:
+        run = read_run(folder)
+        try:
+            rows.append(_row(run))
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise DataError(
+                f"{folder}: expected {RECIPE_FILE} and {EVALUATION_FILE} of a finished run, found something else in "
+                f"them ({reason})"
+            ) from error
     return markdown_table(rows)
+
+
+def _row(run: dict[str, Any]) -> tuple[str, ...]:
+    keys, evaluation = run["recipe"]["keys"], run["evaluation"]
+    agreement = evaluation["test"].get("teacher_agreement")
+    batch = keys["per_device_train_batch_size"] * keys["gradient_accumulation_steps"]
+    batch *= run["recipe"]["environment"]["num_processes"]
+    epochs = evaluation["train_steps"] * batch / evaluation["num_train_images"]
+    return (
+        run["name"],
+        learned_from(run["recipe"]),
+        f"{evaluation['num_parameters']:,}",
+        f"{evaluation['num_train_images']:,} x {epochs:.1f}",
+        str(evaluation["seed"]),
+        f"{100 * evaluation['validation']['accuracy']:.2f}",
+        f"{100 * evaluation['test']['accuracy']:.2f}",
+        "" if agreement is None else f"{100 * agreement:.2f}",
+        f"{evaluation['train_seconds'] / 60:.1f}",
+    )
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
