@@ -3,10 +3,12 @@
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
@@ -19,11 +21,11 @@ from hf_ihb.config.recipe import read_recipe
 from hf_ihb.config.run import RunArguments
 from hf_ihb.data import ImageData
 from hf_ihb.errors import HfIhbError
-from hf_ihb.evaluation import evaluate_model
+from hf_ihb.evaluation import evaluate_model, heads_of
 from hf_ihb.models.attention import has_attention
 from hf_ihb.models.pretrained import Pretrained, load_pretrained
 from hf_ihb.plots import confusion_matrix_plot, draw_analyses
-from hf_ihb.runs.files import read_json, write_json
+from hf_ihb.runs.files import write_json
 from hf_ihb.runs.folder import (
     ANALYSIS_FILE,
     EVALUATION_FILE,
@@ -106,10 +108,9 @@ def batch_note(args: TrainingArguments, recipe: Mapping[str, Any], name: str) ->
 
 
 def run_training(trainer: SupervisedTrainer, data: ImageData, recipe: Path, arguments: tuple[Any, ...]) -> dict:
-    """Trains, evaluates on validation and (once) test, writes the run folder and its card, and pushes it if asked to.
+    """Trains, evaluates on validation and (once) test, measures, writes run folder and card, and pushes if asked to.
 
-    Names published flaws that the run repeats. Before a push, the student that was saved is evaluated and analysed, so
-    that its card carries the evidence.
+    Names published flaws that the run repeats.
 
     Args:
         trainer: Ready to train.
@@ -123,9 +124,10 @@ def run_training(trainer: SupervisedTrainer, data: ImageData, recipe: Path, argu
     Raises:
         HubPushError: If the push fails; the run is complete by then.
     """
-    folder, pushes = Path(trainer.args.output_dir), trainer.args.push_to_hub
-    name = next((a.baseline_model for a in arguments if isinstance(a, RunArguments)), None)
-    baseline = load_pretrained(name, role="baseline") if pushes and name is not None else None
+    folder = Path(trainer.args.output_dir)
+    run_args = next((a for a in arguments if isinstance(a, RunArguments)), RunArguments())
+    name = run_args.baseline_model
+    baseline = None if name is None else load_pretrained(name, role="baseline")  # refused before training, not after
     if trainer.is_world_process_zero():
         for line in published_flaws(arguments):
             logger.warning(line)
@@ -137,73 +139,112 @@ def run_training(trainer: SupervisedTrainer, data: ImageData, recipe: Path, argu
         write_json(folder / RECIPE_FILE, resolved_recipe(trainer, arguments, recipe=recipe, dataset=dataset))
     result = trainer.train(resume_from_checkpoint=resume_argument(trainer.args))
     trainer.save_model(_internal_call=True)  # pushed below, with its evidence
-    results = {
-        "validation": _metrics(trainer, data.validation, "validation"),
-        "test": _metrics(trainer, data.test, "test"),
-        "num_parameters": sum(p.numel() for p in trainer.student.parameters()),
-        "num_train_images": len(data.train),
-        "train_steps": trainer.state.global_step,
-        "train_seconds": result.metrics["train_runtime"],
-        "seed": trainer.args.seed,
-    }
-    if (accuracy := getattr(trainer, "teacher_accuracy", None)) is not None:
-        results["teacher_validation_accuracy"] = accuracy
-    if (cache := getattr(trainer, "teacher_cache", None)) is not None:
-        results["teacher_cache"] = cache.layout.kind
+    validation = _metrics(trainer, data.validation, "validation")
+    with recorded_heads(trainer) as heads:
+        test = _metrics(trainer, data.test, "test")
+    results = {"validation": validation, "test": test} | _facts(trainer, data, result.metrics["train_runtime"])
     if trainer.is_world_process_zero():
         write_json(folder / HISTORY_FILE, trainer.state.log_history)
         write_json(folder / EVALUATION_FILE, results)
-        print(
-            f"test accuracy {results['test']['accuracy']:.4f}; the student and its results are in {folder}", flush=True
-        )
-        if pushes:
-            measure(trainer, data, baseline)
-    if not pushes:
+        print(f"test accuracy {test['accuracy']:.4f}; the student and its results are in {folder}", flush=True)
+        measure(trainer, data, heads, run_args.analyses, baseline)
+    if not trainer.args.push_to_hub:
         trainer.create_model_card()
     elif (commit := trainer.push_to_hub()) is not None:
         print(f"pushed to {commit.commit_url}", flush=True)
     return results
 
 
-def measure(trainer: SupervisedTrainer, data: ImageData, baseline: Pretrained | None = None) -> None:
-    """Evaluates and analyses the saved student of a finished run as the scripts do by default, without the Hessian.
+def _facts(trainer: SupervisedTrainer, data: ImageData, train_seconds: float) -> dict[str, Any]:
+    """What ``evaluation.json`` says beside the numbers of the splits."""
+    facts = {
+        "num_parameters": sum(p.numel() for p in trainer.student.parameters()),
+        "num_train_images": len(data.train),
+        "train_steps": trainer.state.global_step,
+        "train_seconds": train_seconds,
+        "seed": trainer.args.seed,
+    }
+    if (accuracy := getattr(trainer, "teacher_accuracy", None)) is not None:
+        facts["teacher_validation_accuracy"] = accuracy
+    if (cache := getattr(trainer, "teacher_cache", None)) is not None:
+        facts["teacher_cache"] = cache.layout.kind
+    return facts
 
-    Writes ``metrics.json``, ``analysis.json`` and the plots. Attention is looked at where the student has some, and
-    similarity of layers with the teacher's where there is a teacher.
+
+@contextmanager
+def recorded_heads(trainer: SupervisedTrainer) -> Iterator[dict[str, list[np.ndarray]]]:
+    """Keeps what each head of a trainer's student answers in an evaluation, batch by batch, of all processes.
+
+    Yields:
+        Head -> float32 logits of each batch, filled as the evaluation goes on.
+    """
+    found: dict[str, list[np.ndarray]] = {}
+
+    def keep(module: Any, inputs: Any, outputs: Any) -> None:
+        for head, logits in heads_of(outputs, trainer.student.config).items():
+            whole = trainer.accelerator.gather_for_metrics(logits.detach().contiguous())
+            found.setdefault(head, []).append(whole.float().cpu().numpy())
+
+    handle = trainer.student.register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def measure(
+    trainer: SupervisedTrainer,
+    data: ImageData,
+    heads: Mapping[str, Sequence[np.ndarray]],
+    analyses: Sequence[str],
+    baseline: Pretrained | None = None,
+) -> None:
+    """Writes ``metrics.json``, ``analysis.json`` and the plots of a finished run, as the scripts do by default.
 
     Args:
-        trainer: Has trained; gives the teacher.
+        trainer: Has trained and saved its student; gives the teacher.
         data: The data set of the run; its test split is used.
+        heads: What the student answered to the test split (see `recorded_heads`). It is asked again where that is not
+            one answer for each image, as where a method shows it an image twice.
+        analyses: Which ones; attention is left out where the student has none.
         baseline: The matched control.
     """
     folder, device = Path(trainer.args.output_dir), trainer.args.device
     student = load_pretrained(str(folder)).to(device)
     teacher = getattr(trainer, "teacher", None)
     about = {"name": data.name, "revision": data.revision}
-    with_logits = teacher is not None and trainer.needs_logits
+    logits = {head: np.concatenate(batches) for head, batches in heads.items()}
+    is_whole = bool(logits) and all(len(rows) == len(data.test) for rows in logits.values())
     results = evaluate_model(
         student,
         data.test,
-        teacher=teacher if with_logits else None,
+        teacher=teacher if teacher is not None and trainer.needs_logits else None,
         baseline=baseline,
         device=device,
         data=about | {"split": "test"},
+        logits=logits if is_whole else None,
     )
     (folder / PLOTS_FOLDER).mkdir(exist_ok=True)
     write_json(folder / METRICS_FILE, results)
     confusion = next(iter(results["heads"].values()))["confusion_matrix"]
     confusion_matrix_plot(confusion, data.label_names, folder / PLOTS_FOLDER / "confusion_matrix.png")
-    analyses = ("attention", "cka") if has_attention(student.model, _first_pixels(student, data)) else ("cka",)
+    if "attention" in analyses and not has_attention(student.model, _first_pixels(student, data)):
+        analyses = [name for name in analyses if name != "attention"]
+    if analyses:
+        _analyze(student, data, analyses, teacher, folder)
+
+
+def _analyze(student: Pretrained, data: ImageData, analyses: Sequence[str], teacher: Any, folder: Path) -> None:
     analysis = analyze(
         student,
         data.test,
         AnalysisArguments(metrics=",".join(analyses)),
-        data=about,
+        data={"name": data.name, "revision": data.revision},
         teacher=None if teacher is None else Pretrained(teacher.model, teacher.pixels, teacher.name, teacher.revision),
         keep=lambda found: write_json(folder / ANALYSIS_FILE, found),
     )
     write_json(folder / ANALYSIS_FILE, analysis)
-    draw_analyses({folder.name: read_json(folder / ANALYSIS_FILE)}, folder / PLOTS_FOLDER)
+    draw_analyses({folder.name: RunFolder(folder).read(ANALYSIS_FILE)}, folder / PLOTS_FOLDER)
 
 
 def _first_pixels(model: Pretrained, data: ImageData) -> torch.Tensor:
