@@ -109,8 +109,8 @@ def pin_revisions(arguments: Sequence[Any]) -> None:
         arguments: Dataclass instances; a name without a revision key beside it is left alone.
 
     Raises:
-        ModelLoadError: As `resolve_commit`.
-        DataError: As `resolve_commit`.
+        ModelLoadError: If a model's repo or revision does not exist, may not be read or cannot be reached.
+        DataError: The same of a data set.
     """
     wanted = []
     for instance in arguments:
@@ -175,7 +175,7 @@ def explain(error: BaseException, what: str, name: str, revision: str | None = N
         error: Its causes are looked at as well.
         what: Kind of thing, such as 'teacher' or 'data set'.
         name: Hub id or folder.
-        revision: As it was asked for.
+        revision: The one that was asked for.
     """
     chain = list(_chain(error))
     line = " ".join(f"{what} '{name}': {_reason(chain, name, revision)}".split())

@@ -80,7 +80,7 @@ def parse_models(
     Args:
         argv: Command line without the program's name; the model's folder or Hub id comes first, unless a list of models
             is given as ``--compare A B``.
-        *dataclasses: As in `parse_recipe`; one of them has `model_revision`.
+        *dataclasses: Types whose fields are the known keys; one of them has `model_revision`.
         defaults: Called with name and revision of the model (of the first compared one if there is no other); returns
             keys that stand in for what the command line leaves out, and `model_revision` where that names a commit now.
         description: Text at the top of ``--help``.
@@ -111,7 +111,7 @@ def parse_run(argv: Sequence[str], *dataclasses: type, description: str | None =
 
     Args:
         argv: Command line without the program's name; the folder comes first.
-        *dataclasses: As in `parse_recipe`.
+        *dataclasses: Types whose fields are the known keys.
         description: Text at the top of ``--help``.
 
     Raises:

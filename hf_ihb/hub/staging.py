@@ -112,14 +112,14 @@ def render_folder(run: Path, target: Path, **options: Any) -> list[str]:
     Args:
         run: A run folder.
         target: Where to; its parents are made.
-        **options: As `stage_run`.
+        **options: Those of `stage_run`.
 
     Returns:
         Paths below `target`, sorted.
 
     Raises:
         RecipeError: If `target` holds anything else, or cannot be written to.
-        HubPushError: As `stage_run`.
+        HubPushError: If a file is missing, unreadable or a link, or holds what may not leave.
     """
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise RecipeError(f"key 'output_dir': expected a folder, found {target}, which is none")
