@@ -28,7 +28,7 @@ from process_memory import MIB, in_process, measured
 from side_by_side import RESULTS, bar, bars_table, interleave, ratio, write_results
 from torch import Tensor
 
-from hf_ihb.report import markdown_table
+from hf_ihb.runs.tables import markdown_table
 
 PARTS = ("attention", "cka", "hessian")
 

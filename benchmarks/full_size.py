@@ -26,7 +26,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_ihb.records import write_json
+from hf_ihb.runs.files import write_json
 
 ROOT = Path(__file__).parents[1]
 OUTPUTS = Path("outputs/full_size")

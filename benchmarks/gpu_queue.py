@@ -123,7 +123,7 @@ def main() -> None:
     from gpu.report import write_report
     from gpu.runner import Runner
 
-    from hf_ihb.records import environment
+    from hf_ihb.runs.environment import environment
 
     journal = Journal(args.results / "gpu-queue.jsonl")
     if not args.report_only:

@@ -26,7 +26,7 @@ from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.config.data import DataArguments
 from hf_ihb.data import ImageSplit, collate_images, load_image_split
 from hf_ihb.models.processing import PixelFormat
-from hf_ihb.report import markdown_table
+from hf_ihb.runs.tables import markdown_table
 
 BASIC = {"random_crop_padding": 4, "horizontal_flip": 0.5}
 OURS = {

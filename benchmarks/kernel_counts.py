@@ -29,7 +29,7 @@ from hf_ihb.methods.cka import CKA
 from hf_ihb.models.module import StudentModule
 from hf_ihb.models.processing import PixelFormat
 from hf_ihb.models.student import build_student
-from hf_ihb.report import markdown_table
+from hf_ihb.runs.tables import markdown_table
 from hf_ihb.step import Step, TeacherOutputs, TeacherTokens
 
 ROOT = Path(__file__).parents[1]

@@ -35,7 +35,7 @@ from hf_ihb.models.pretrained import Pretrained
 from hf_ihb.models.processing import pixel_format
 from hf_ihb.models.student import build_student
 from hf_ihb.models.teacher import load_teacher
-from hf_ihb.report import markdown_table
+from hf_ihb.runs.tables import markdown_table
 from hf_ihb.trainer import LogitDistillationTrainer, StructuralDistillationTrainer, SupervisedTrainer
 from hf_ihb.trainer.arguments import (
     LogitDistillationTrainingArguments,

@@ -21,8 +21,9 @@ from gpu.arms import ARMS, CONTROL, STUDENTS, WITHOUT_GPU, job_id
 from gpu.job import ROOT, TIERS
 
 from hf_ihb.plots import attention_map_plot, confusion_matrix_plot, draw_analyses
-from hf_ihb.records import COMPARISON_FILE, METRICS_FILE, read_json, write_json
-from hf_ihb.report import markdown_table
+from hf_ihb.runs.files import read_json, write_json
+from hf_ihb.runs.folder import COMPARISON_FILE, METRICS_FILE
+from hf_ihb.runs.tables import markdown_table
 
 EPOCHS = TIERS["small"].epochs
 REFERENCE = job_id("resnet18", 0, EPOCHS)

@@ -31,8 +31,8 @@ from hf_ihb.data import load_image_data
 from hf_ihb.models.processing import pixel_format
 from hf_ihb.models.student import build_student
 from hf_ihb.models.teacher import Teacher
-from hf_ihb.report import markdown_table
 from hf_ihb.run import run_script
+from hf_ihb.runs.tables import markdown_table
 from hf_ihb.trainer import StructuralDistillationTrainer, SupervisedTrainer
 from hf_ihb.trainer.arguments import StructuralDistillationTrainingArguments, SupervisedTrainingArguments
 

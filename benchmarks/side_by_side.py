@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from hf_ihb.records import default_device, environment, write_json
-from hf_ihb.report import markdown_table
+from hf_ihb.runs.environment import default_device, environment
+from hf_ihb.runs.files import write_json
+from hf_ihb.runs.tables import markdown_table
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_ihb.plots import curve_panels
-from hf_ihb.records import write_json
-from hf_ihb.report import read_run
+from hf_ihb.runs.files import write_json
+from hf_ihb.runs.report import read_run
 
 ROOT = Path(__file__).parents[1]
 TERMS = ["--token_weight", "0.5", "--cka_weight", "0.5"]

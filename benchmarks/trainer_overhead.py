@@ -30,7 +30,7 @@ from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.data import ImageSplit
 from hf_ihb.models.processing import PixelFormat, student_processor
 from hf_ihb.models.teacher import Teacher
-from hf_ihb.report import markdown_table
+from hf_ihb.runs.tables import markdown_table
 from hf_ihb.trainer import LogitDistillationTrainer, SupervisedTrainer
 from hf_ihb.trainer.arguments import LogitDistillationTrainingArguments, SupervisedTrainingArguments
 

@@ -25,29 +25,20 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import get_stored_tokens, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 
+from hf_ihb.config.names import BUILT_IN_PREFIX, LOCAL_PREFIX, NAMES
+from hf_ihb.config.secrets import masked
 from hf_ihb.errors import DataError, HfIhbError, ModelLoadError
 
 logger = logging.getLogger(__name__)
 
-# How a name that was a folder of somebody's machine is published.
-LOCAL_PREFIX = "local:"
-BUILT_IN_PREFIX = "sklearn:"
 # What reading from the Hub can raise.
 HUB_ERRORS = (OSError, ValueError, HTTPError, EntryNotFoundError)
 _OFFLINE_KEYS = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 # Names of errors, in the clients' HTTP library and in Python, of a connection that had been there.
 _BROKEN = ("ReadError", "WriteError", "RemoteProtocolError", "ConnectionResetError", "BrokenPipeError")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_TOKEN = re.compile(r"\bhf_\w{8,}|(?<=Bearer )\S+")
-_USER_INFO = re.compile(r"(?<=://)[^/\s@]+(?=@)")
-# A name, the revision beside it, the kind of repo, and what errors call it.
-_PINNED = (
-    ("dataset_name", "dataset_revision", "dataset", "data set"),
-    ("teacher_model", "teacher_revision", "model", "teacher"),
-    ("model_name_or_path", "model_revision", "model", "model"),
-)
 # Commits that the Hub has confirmed to this process; they cannot change, so they are not asked for again.
 _confirmed: set[tuple[str, ...]] = set()
 
@@ -118,14 +109,16 @@ def pin_revisions(arguments: Sequence[Any]) -> None:
         arguments: Dataclass instances; a name without a revision key beside it is left alone.
 
     Raises:
-        ModelLoadError: As `resolve_commit`.
-        DataError: As `resolve_commit`.
+        ModelLoadError: If a model's repo or revision does not exist, may not be read or cannot be reached.
+        DataError: The same of a data set.
     """
     wanted = []
     for instance in arguments:
         keys = {f.name for f in fields(instance)}
         wanted += [
-            (instance, *pair) for pair in _PINNED if {*pair[:2]} <= keys and getattr(instance, pair[0]) is not None
+            (instance, name, *named)
+            for name, named in NAMES.items()
+            if {name, named.revision} <= keys and getattr(instance, name) is not None
         ]
     state = PartialState()
     outcome: list[Any] = [None]
@@ -182,13 +175,11 @@ def explain(error: BaseException, what: str, name: str, revision: str | None = N
         error: Its causes are looked at as well.
         what: Kind of thing, such as 'teacher' or 'data set'.
         name: Hub id or folder.
-        revision: As it was asked for.
+        revision: The one that was asked for.
     """
     chain = list(_chain(error))
     line = " ".join(f"{what} '{name}': {_reason(chain, name, revision)}".split())
-    for token in _tokens(chain):
-        line = line.replace(token, "***")
-    return _USER_INFO.sub("***", _TOKEN.sub("***", line))
+    return masked(line, *_sent_tokens(chain))
 
 
 def _ask(name: str, revision: str | None, repo_type: str) -> str:
@@ -312,14 +303,10 @@ def _answer(error: Any, name: str, revision: str | None) -> str:
     return f"the Hub answered {status} ({meaning}; token sent: {'yes' if sent else 'no'}); {remedy}"
 
 
-def _tokens(chain: list[BaseException]) -> Iterator[str]:
-    """Every token that a message could hold: those sent, set or stored."""
+def _sent_tokens(chain: list[BaseException]) -> Iterator[str]:
+    """Every token that a request behind these errors has sent."""
     for response in filter(None, map(_response, chain)):
         yield from response.request.headers.get("authorization", "").split()[1:]
-    yield from filter(None, (os.environ.get(key) for key in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")))
-    stored = Path(constants.HF_TOKEN_PATH)
-    yield from stored.read_text().split() if stored.is_file() else []
-    yield from get_stored_tokens().values()
 
 
 def _not_published(name: str, repo_type: str) -> str:

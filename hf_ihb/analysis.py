@@ -26,8 +26,8 @@ from hf_ihb.models.attention import (
 )
 from hf_ihb.models.features import extract_features, size_arguments
 from hf_ihb.models.pretrained import Pretrained, label_permutation, untrained_twin
-from hf_ihb.records import environment
-from hf_ihb.report import markdown_table
+from hf_ihb.runs.environment import environment
+from hf_ihb.runs.tables import markdown_table
 
 _THUMBNAIL_PX = 64
 _MAP_LAYERS = 4

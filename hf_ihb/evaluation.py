@@ -22,8 +22,8 @@ from hf_ihb.metrics import Accuracy, TeacherFidelity, classification_metrics, de
 from hf_ihb.models.features import size_arguments
 from hf_ihb.models.pretrained import Pretrained, label_permutation
 from hf_ihb.models.teacher import Teacher
-from hf_ihb.records import default_device, environment
-from hf_ihb.report import markdown_table
+from hf_ihb.runs.environment import default_device, environment
+from hf_ihb.runs.tables import markdown_table
 
 TASK = "image-classification"
 Reader = Callable[[Tensor], dict[str, Tensor]]  # (B, C, H, W) uint8 images -> (B, K) logits of each head
@@ -189,6 +189,7 @@ def evaluate_model(
     device: str | torch.device | None = None,
     data: Mapping[str, Any] | None = None,
     confidence_level: float = 0.95,
+    logits: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """Evaluates a classifier, head by head, in one pass over the uint8 images of a split.
 
@@ -201,6 +202,8 @@ def evaluate_model(
         device: The machine's accelerator if None.
         data: Name, revision and split of the data set, for the result.
         confidence_level: Of the interval of the gain over the baseline, in (0, 1).
+        logits: What the model's heads have answered to the split already, ``(N, K)`` each, as `heads_of` orders them;
+            it is not shown the images again.
 
     Returns:
         What ``metrics.json`` holds: `model`, `teacher` and `baseline` (summaries), `data` (as given, with number of
@@ -215,13 +218,15 @@ def evaluate_model(
     """
     start = time.perf_counter()
     device = default_device(device)
-    readers = {"model": _model_reader("model", model, split, device)}
+    readers = {} if logits is not None else {"model": _model_reader("model", model, split, device)}
     if teacher is not None:
         readers["teacher"] = _teacher_reader(teacher, split, device)
     if baseline is not None:
         readers["baseline"] = _model_reader("baseline", baseline, split, device)
-    logits = _read(readers, split, batch_size, device)
-    answers = {role: next(iter(heads.values())) for role, heads in logits.items()}
+    scores = _read(readers, split, batch_size, device) if readers else {}
+    scores |= {} if logits is None else {"model": dict(logits)}
+    _check_finite(scores)
+    answers = {role: next(iter(heads.values())) for role, heads in scores.items()}
     labels, num_classes = split.labels.numpy(), len(split.label_names)
     results = {
         "model": model.summary(),
@@ -230,8 +235,8 @@ def evaluate_model(
         "data": {**(data or {}), "num_images": len(split), "label_names": split.label_names},
         "environment": environment(device),
         "heads": {
-            head: classification_metrics(num_classes).compute(predictions=scores, references=labels)
-            for head, scores in logits["model"].items()
+            head: classification_metrics(num_classes).compute(predictions=values, references=labels)
+            for head, values in scores["model"].items()
         },
         "fidelity": None,
         "transfer": None,
@@ -240,7 +245,7 @@ def evaluate_model(
         pair = {"predictions": answers["model"], "teacher_predictions": answers["teacher"]}
         results["fidelity"] = TeacherFidelity().compute(**pair)
     if baseline is not None:
-        right = {role: decisions(scores) == labels for role, scores in answers.items()}
+        right = {role: decisions(values) == labels for role, values in answers.items()}
         results["transfer"] = paired_transfer(right["model"], right.get("teacher"), right["baseline"], confidence_level)
     return results | {"seconds": time.perf_counter() - start}
 
@@ -257,7 +262,7 @@ def _model_reader(role: str, model: Pretrained, split: StoredSplit, device: torc
     def read(images: Tensor) -> dict[str, Tensor]:
         pixels = model.pixels.apply(images)
         outputs = network(pixel_values=pixels, **size_arguments(network, pixels))
-        return {head: logits[:, order] for head, logits in _heads(outputs, network.config).items()}
+        return {head: logits[:, order] for head, logits in heads_of(outputs, network.config).items()}
 
     return read
 
@@ -269,7 +274,7 @@ def _teacher_reader(teacher: Teacher, split: StoredSplit, device: torch.device) 
     return lambda images: {"logits": teacher.logits(teacher.prepare(images))}
 
 
-def _heads(outputs: Any, config: Any) -> dict[str, Tensor]:
+def heads_of(outputs: Any, config: Any) -> dict[str, Tensor]:
     """``(B, K)`` logits of each head, first those that the model answers with."""
     if getattr(outputs, "cls_logits", None) is None:
         return {"logits": outputs.logits}
@@ -293,13 +298,16 @@ def _read(
                     batches[role].setdefault(head, []).append(logits.float().cpu())
             progress.update(len(stored))
     found = {role: {head: torch.cat(parts) for head, parts in heads.items()} for role, heads in batches.items()}
-    for role, heads in found.items():
-        for head, logits in heads.items():
-            finite = torch.isfinite(logits).all(dim=1)
-            if not finite.all():
-                row = int(finite.int().argmin())
-                raise NumericsError(f"{role}, head '{head}', image {row}: expected finite logits, found NaN or Inf")
     return {role: {head: logits.numpy() for head, logits in heads.items()} for role, heads in found.items()}
+
+
+def _check_finite(scores: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    for role, heads in scores.items():
+        for head, logits in heads.items():
+            finite = np.isfinite(logits).all(axis=1)
+            if not finite.all():
+                row = int(finite.argmin())
+                raise NumericsError(f"{role}, head '{head}', image {row}: expected finite logits, found NaN or Inf")
 
 
 # Column of the table, key of a head's results, factor.

@@ -2,25 +2,15 @@
 
 import html
 import json
-import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import get_token
+from hf_ihb.config.names import BUILT_IN_PREFIX, LOCAL_PREFIX, NAMES
+from hf_ihb.config.secrets import MIN_SECRET, PASSWORD_IN_FILE, TOKEN_IN_FILE
 
-# How a folder's name is published; what comes with the package has a name of its own.
-LOCAL_PREFIX, _BUILT_IN_PREFIX = "local:", "sklearn:"
-
-# Keys of a recipe that name a model or data set, and the key beside each that holds its commit.
-_NAMES = {
-    "dataset_name": "dataset_revision",
-    "teacher_model": "teacher_revision",
-    "model_name_or_path": "model_revision",
-    "baseline_model": None,
-}
 # Keys of a recipe that say where a run happened, not how; those of the second line where they are a file's path.
 _MACHINE_KEYS = re.compile(r"run_name|resume_from_checkpoint|local_rank|.*_(?:token|dir|file|folder)")
 _MACHINE_FILES = ("deepspeed", "fsdp_config", "accelerator_config", "parallelism_config")
@@ -28,12 +18,6 @@ _MACHINE_FILES = ("deepspeed", "fsdp_config", "accelerator_config", "parallelism
 _CLASS_NAMES = ("label_names", "id2label", "label2id", "label")
 _PATH = re.compile(r"(?:/|~|\.{1,2}[\\/]|[A-Za-z]:[\\/]|\\\\|file:).+|~|\.{1,2}", re.DOTALL)
 
-_TOKEN = re.compile(
-    rb"hf_\w{20,}|(?<![A-Za-z0-9])(?:(?:api_org|ghp|gho|github_pat|glpat|xox[abp]|sk)[_-]\w{16,}|AKIA[0-9A-Z]{16})"
-)
-_PASSWORD = re.compile(rb"[a-z][a-z0-9+.-]+://[^\s/:@\"'<>\\\x00-\x1f\x7f-\xff]+:[^\s/:@\"'<>\\\x00-\x1f\x7f-\xff]+@")
-_SECRET_NAMES = re.compile(r".*(?:TOKEN|SECRET|PASSWORD|API_?KEY|ACCESS_KEY)", re.IGNORECASE)
-_MIN_SECRET = 8  # characters; anything shorter would be found in every file
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -70,9 +54,9 @@ def publishable(contents: Mapping[str, Any], *, repo_id: str | None = None) -> d
             return [clean(item, key) for item in value if not mentions_machine(item)]
         if key == "name" and value in own:
             return repo_id
-        if not isinstance(value, str) or value.startswith((LOCAL_PREFIX, _BUILT_IN_PREFIX)):
+        if not isinstance(value, str) or value.startswith((LOCAL_PREFIX, BUILT_IN_PREFIX)):
             return value
-        named = key in _NAMES or key == "name"
+        named = key in NAMES or key == "name"
         if named and value in hub:
             return value
         # a local name without a separator, such as 'resnet18', may well stand elsewhere with another meaning
@@ -96,12 +80,12 @@ def find_leaks(data: bytes, *, secrets: Iterable[str], paths: Iterable[str | Pat
     Returns:
         A phrase for each kind of thing found; empty for a clean file.
     """
-    known = [needle for secret in secrets if len(secret) >= _MIN_SECRET for needle in _spellings(secret)]
+    known = [needle for secret in secrets if len(secret) >= MIN_SECRET for needle in _spellings(secret)]
     folders = [needle for path in paths if _is_folder(path) for needle in _spellings(str(path).rstrip("/\\"))]
     searches = {
         "a secret of this environment": [re.compile(re.escape(needle)) for needle in known],
-        "what looks like a token": [_TOKEN],
-        "a URL with a password": [_PASSWORD],
+        "what looks like a token": [TOKEN_IN_FILE],
+        "a URL with a password": [PASSWORD_IN_FILE],
         # /home/x is in /home/x/y and in file:///home/x, not in /home/xy nor in https://host/home/x
         "the path of a folder of this machine": [
             re.compile(rb"(?<![\w.~-])" + re.escape(needle) + rb"(?![\w-])") for needle in folders
@@ -111,12 +95,6 @@ def find_leaks(data: bytes, *, secrets: Iterable[str], paths: Iterable[str | Pat
     return [
         what for what, patterns in searches.items() if any(pattern.search(v) for pattern in patterns for v in views)
     ]
-
-
-def secrets_in_effect(*more: str | None) -> set[str]:
-    """The tokens that the Hub's clients would send, whatever the environment calls a secret, and those given."""
-    named = {value for name, value in os.environ.items() if _SECRET_NAMES.fullmatch(name)}
-    return {secret for secret in {get_token(), *named, *more} if secret}
 
 
 def machine_folders(*more: Path) -> set[str]:
@@ -129,7 +107,7 @@ def _folders_and_ids(contents: Mapping[str, Any]) -> tuple[set[str], set[str]]:
     """Names that were folders, and names that the Hub has resolved."""
     pairs = [pair for content in contents.values() for pair in _named(content)]
     hub = {name for name, revision in pairs if revision is not None and not _PATH.fullmatch(name)}
-    built_in = (LOCAL_PREFIX, _BUILT_IN_PREFIX)
+    built_in = (LOCAL_PREFIX, BUILT_IN_PREFIX)
     return {name for name, _ in pairs if name not in hub and not name.startswith(built_in)}, hub
 
 
@@ -143,7 +121,7 @@ def _own_names(contents: Iterable[Any]) -> set[str]:
 def _named(content: Any) -> Iterator[tuple[str, Any]]:
     """Every name with its revision."""
     if isinstance(content, Mapping):
-        for name, revision in (("name", "revision"), *_NAMES.items()):
+        for name, revision in (("name", "revision"), *((key, named.revision) for key, named in NAMES.items())):
             if revision in content and isinstance(content.get(name), str):
                 yield content[name], content[revision]
     children = content.values() if isinstance(content, Mapping) else content if isinstance(content, list) else ()

@@ -1,43 +1,39 @@
 """A run folder from its opening to its results, and the way a script ends."""
 
-import json
 import math
 import os
-import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.utils import logging
 
 from hf_ihb.analysis import analyze
-from hf_ihb.checkpoint import HEADS_FILE
 from hf_ihb.config.fields import published_flaws
 from hf_ihb.config.measure import AnalysisArguments
 from hf_ihb.config.recipe import read_recipe
 from hf_ihb.config.run import RunArguments
 from hf_ihb.data import ImageData
-from hf_ihb.errors import HfIhbError, RecipeError
-from hf_ihb.evaluation import evaluate_model
+from hf_ihb.errors import HfIhbError
+from hf_ihb.evaluation import evaluate_model, heads_of
 from hf_ihb.models.attention import has_attention
 from hf_ihb.models.pretrained import Pretrained, load_pretrained
 from hf_ihb.plots import confusion_matrix_plot, draw_analyses
-from hf_ihb.records import (
+from hf_ihb.runs.files import write_json
+from hf_ihb.runs.folder import (
     ANALYSIS_FILE,
-    CARD_FILE,
     EVALUATION_FILE,
     HISTORY_FILE,
     METRICS_FILE,
-    PLOTS,
     PLOTS_FOLDER,
     RECIPE_FILE,
-    STAGING_FOLDER,
-    read_json,
-    write_json,
+    RunFolder,
 )
 from hf_ihb.trainer import SupervisedTrainer
 from hf_ihb.trainer.publishing import resolved_recipe
@@ -82,19 +78,8 @@ def open_run(args: TrainingArguments, run_args: RunArguments, recipe: Path) -> N
         RecipeError: If the folder is a file, holds something that is not ours, or an earlier run that is neither
             resumed nor overwritten.
     """
-    folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"key 'output_dir': expected a folder, found the file {folder}")
-    if folder.is_dir() and any(folder.iterdir()) and not _is_run(folder):
-        raise RecipeError(f"key 'output_dir': expected an empty or new folder, found {folder} with other content")
-    holds_weights = (folder / "model.safetensors").is_file() or any(folder.glob("checkpoint-*"))
-    if holds_weights and not resume_argument(args) and not run_args.overwrite_output_dir:
-        raise RecipeError(
-            f"key 'output_dir': expected an empty or new folder, found an earlier run in {folder}; go on with it by "
-            "--resume_from_checkpoint true, or replace it by --overwrite_output_dir true"
-        )
-    if not os.access(next(p for p in (folder, *folder.absolute().parents) if p.exists()), os.W_OK):
-        raise RecipeError(f"key 'output_dir': expected a folder that can be written to, found {folder}")
+    goes_on = bool(resume_argument(args))
+    RunFolder(args.output_dir).check_writable(goes_on=goes_on, replaces=run_args.overwrite_output_dir)
     if args.process_index == 0 and (note := batch_note(args, read_recipe(recipe), str(recipe))) is not None:
         print(note, flush=True)
     PartialState().wait_for_everyone()  # nobody writes before everybody has looked
@@ -122,30 +107,10 @@ def batch_note(args: TrainingArguments, recipe: Mapping[str, Any], name: str) ->
     )
 
 
-def _is_run(folder: Path) -> bool:
-    """Whether a folder holds a run of ours, judged by what its recipe.json says."""
-    try:
-        content = json.loads((folder / RECIPE_FILE).read_text("utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
-        return False
-    return isinstance(content, dict) and {"keys", "environment"} <= content.keys()
-
-
-def _clear_run(folder: Path) -> None:
-    """Removes what an earlier run of ours wrote, and nothing else."""
-    for path in (*folder.glob("checkpoint-*"), folder / HEADS_FILE.parent, folder / STAGING_FOLDER):
-        if path.exists():
-            shutil.rmtree(path)
-    results = (HISTORY_FILE, EVALUATION_FILE, METRICS_FILE, ANALYSIS_FILE, CARD_FILE)
-    for name in (RECIPE_FILE, *results, *PLOTS, "model.safetensors"):
-        (folder / name).unlink(missing_ok=True)
-
-
 def run_training(trainer: SupervisedTrainer, data: ImageData, recipe: Path, arguments: tuple[Any, ...]) -> dict:
-    """Trains, evaluates on validation and (once) test, writes the run folder and its card, and pushes it if asked to.
+    """Trains, evaluates on validation and (once) test, measures, writes run folder and card, and pushes if asked to.
 
-    Names published flaws that the run repeats. Before a push, the student that was saved is evaluated and analysed, so
-    that its card carries the evidence.
+    Names published flaws that the run repeats.
 
     Args:
         trainer: Ready to train.
@@ -159,87 +124,127 @@ def run_training(trainer: SupervisedTrainer, data: ImageData, recipe: Path, argu
     Raises:
         HubPushError: If the push fails; the run is complete by then.
     """
-    folder, pushes = Path(trainer.args.output_dir), trainer.args.push_to_hub
-    name = next((a.baseline_model for a in arguments if isinstance(a, RunArguments)), None)
-    baseline = load_pretrained(name, role="baseline") if pushes and name is not None else None
+    folder = Path(trainer.args.output_dir)
+    run_args = next((a for a in arguments if isinstance(a, RunArguments)), RunArguments())
+    name = run_args.baseline_model
+    baseline = None if name is None else load_pretrained(name, role="baseline")  # refused before training, not after
     if trainer.is_world_process_zero():
         for line in published_flaws(arguments):
             logger.warning(line)
         folder.mkdir(parents=True, exist_ok=True)
         if not resume_argument(trainer.args):
-            _clear_run(folder)
+            RunFolder(folder).clear()
         dataset = {"name": data.name, "revision": data.revision, "label_names": data.label_names}
         dataset |= {split: len(getattr(data, split)) for split in ("train", "validation", "test")}
         write_json(folder / RECIPE_FILE, resolved_recipe(trainer, arguments, recipe=recipe, dataset=dataset))
     result = trainer.train(resume_from_checkpoint=resume_argument(trainer.args))
     trainer.save_model(_internal_call=True)  # pushed below, with its evidence
-    results = {
-        "validation": _metrics(trainer, data.validation, "validation"),
-        "test": _metrics(trainer, data.test, "test"),
-        "num_parameters": sum(p.numel() for p in trainer.student.parameters()),
-        "num_train_images": len(data.train),
-        "train_steps": trainer.state.global_step,
-        "train_seconds": result.metrics["train_runtime"],
-        "seed": trainer.args.seed,
-    }
-    if (accuracy := getattr(trainer, "teacher_accuracy", None)) is not None:
-        results["teacher_validation_accuracy"] = accuracy
-    if (cache := getattr(trainer, "teacher_cache", None)) is not None:
-        results["teacher_cache"] = cache.layout.kind
+    validation = _metrics(trainer, data.validation, "validation")
+    with recorded_heads(trainer) as heads:
+        test = _metrics(trainer, data.test, "test")
+    results = {"validation": validation, "test": test} | _facts(trainer, data, result.metrics["train_runtime"])
     if trainer.is_world_process_zero():
         write_json(folder / HISTORY_FILE, trainer.state.log_history)
         write_json(folder / EVALUATION_FILE, results)
-        print(
-            f"test accuracy {results['test']['accuracy']:.4f}; the student and its results are in {folder}", flush=True
-        )
-        if pushes:
-            measure(trainer, data, baseline)
-    if not pushes:
+        print(f"test accuracy {test['accuracy']:.4f}; the student and its results are in {folder}", flush=True)
+        measure(trainer, data, heads, run_args.analyses, baseline)
+    if not trainer.args.push_to_hub:
         trainer.create_model_card()
     elif (commit := trainer.push_to_hub()) is not None:
         print(f"pushed to {commit.commit_url}", flush=True)
     return results
 
 
-def measure(trainer: SupervisedTrainer, data: ImageData, baseline: Pretrained | None = None) -> None:
-    """Evaluates and analyses the saved student of a finished run as the scripts do by default, without the Hessian.
+def _facts(trainer: SupervisedTrainer, data: ImageData, train_seconds: float) -> dict[str, Any]:
+    """What ``evaluation.json`` says beside the numbers of the splits."""
+    facts = {
+        "num_parameters": sum(p.numel() for p in trainer.student.parameters()),
+        "num_train_images": len(data.train),
+        "train_steps": trainer.state.global_step,
+        "train_seconds": train_seconds,
+        "seed": trainer.args.seed,
+    }
+    if (accuracy := getattr(trainer, "teacher_accuracy", None)) is not None:
+        facts["teacher_validation_accuracy"] = accuracy
+    if (cache := getattr(trainer, "teacher_cache", None)) is not None:
+        facts["teacher_cache"] = cache.layout.kind
+    return facts
 
-    Writes ``metrics.json``, ``analysis.json`` and the plots. Attention is looked at where the student has some, and
-    similarity of layers with the teacher's where there is a teacher.
+
+@contextmanager
+def recorded_heads(trainer: SupervisedTrainer) -> Iterator[dict[str, list[np.ndarray]]]:
+    """Keeps what each head of a trainer's student answers in an evaluation, batch by batch, of all processes.
+
+    Yields:
+        Head -> float32 logits of each batch, filled as the evaluation goes on.
+    """
+    found: dict[str, list[np.ndarray]] = {}
+
+    def keep(module: Any, inputs: Any, outputs: Any) -> None:
+        for head, logits in heads_of(outputs, trainer.student.config).items():
+            whole = trainer.accelerator.gather_for_metrics(logits.detach().contiguous())
+            found.setdefault(head, []).append(whole.float().cpu().numpy())
+
+    handle = trainer.student.register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def measure(
+    trainer: SupervisedTrainer,
+    data: ImageData,
+    heads: Mapping[str, Sequence[np.ndarray]],
+    analyses: Sequence[str],
+    baseline: Pretrained | None = None,
+) -> None:
+    """Writes ``metrics.json``, ``analysis.json`` and the plots of a finished run, as the scripts do by default.
 
     Args:
-        trainer: Has trained; gives the teacher.
+        trainer: Has trained and saved its student; gives the teacher.
         data: The data set of the run; its test split is used.
+        heads: What the student answered to the test split (see `recorded_heads`). It is asked again where that is not
+            one answer for each image, as where a method shows it an image twice.
+        analyses: Which ones; attention is left out where the student has none.
         baseline: The matched control.
     """
     folder, device = Path(trainer.args.output_dir), trainer.args.device
     student = load_pretrained(str(folder)).to(device)
     teacher = getattr(trainer, "teacher", None)
     about = {"name": data.name, "revision": data.revision}
-    with_logits = teacher is not None and trainer.needs_logits
+    logits = {head: np.concatenate(batches) for head, batches in heads.items()}
+    is_whole = bool(logits) and all(len(rows) == len(data.test) for rows in logits.values())
     results = evaluate_model(
         student,
         data.test,
-        teacher=teacher if with_logits else None,
+        teacher=teacher if teacher is not None and trainer.needs_logits else None,
         baseline=baseline,
         device=device,
         data=about | {"split": "test"},
+        logits=logits if is_whole else None,
     )
     (folder / PLOTS_FOLDER).mkdir(exist_ok=True)
     write_json(folder / METRICS_FILE, results)
     confusion = next(iter(results["heads"].values()))["confusion_matrix"]
     confusion_matrix_plot(confusion, data.label_names, folder / PLOTS_FOLDER / "confusion_matrix.png")
-    analyses = ("attention", "cka") if has_attention(student.model, _first_pixels(student, data)) else ("cka",)
+    if "attention" in analyses and not has_attention(student.model, _first_pixels(student, data)):
+        analyses = [name for name in analyses if name != "attention"]
+    if analyses:
+        _analyze(student, data, analyses, teacher, folder)
+
+
+def _analyze(student: Pretrained, data: ImageData, analyses: Sequence[str], teacher: Any, folder: Path) -> None:
     analysis = analyze(
         student,
         data.test,
         AnalysisArguments(metrics=",".join(analyses)),
-        data=about,
+        data={"name": data.name, "revision": data.revision},
         teacher=None if teacher is None else Pretrained(teacher.model, teacher.pixels, teacher.name, teacher.revision),
         keep=lambda found: write_json(folder / ANALYSIS_FILE, found),
     )
     write_json(folder / ANALYSIS_FILE, analysis)
-    draw_analyses({folder.name: read_json(folder / ANALYSIS_FILE)}, folder / PLOTS_FOLDER)
+    draw_analyses({folder.name: RunFolder(folder).read(ANALYSIS_FILE)}, folder / PLOTS_FOLDER)
 
 
 def _first_pixels(model: Pretrained, data: ImageData) -> torch.Tensor:

@@ -17,17 +17,10 @@ from hf_ihb.config.recipe import parse_models
 from hf_ihb.data import load_image_split
 from hf_ihb.models.pretrained import Pretrained, data_defaults, load_pretrained
 from hf_ihb.plots import draw_analyses
-from hf_ihb.records import (
-    ANALYSIS_FILE,
-    COMPARISON_FILE,
-    PLOTS_FOLDER,
-    default_device,
-    distinct_names,
-    output_folder,
-    read_json,
-    write_json,
-)
 from hf_ihb.run import run_script
+from hf_ihb.runs.environment import default_device
+from hf_ihb.runs.files import write_json
+from hf_ihb.runs.folder import ANALYSIS_FILE, COMPARISON_FILE, PLOTS_FOLDER, distinct_names, output_folder, read_record
 
 
 def main(argv: list[str]) -> None:
@@ -49,7 +42,7 @@ def main(argv: list[str]) -> None:
     data = {"name": data_args.dataset_name, "revision": revision}
 
     folder.mkdir(parents=True, exist_ok=True)
-    found = read_json(file) if file.is_file() else {}
+    found = read_record(file) if file.is_file() else {}
     analyses: dict[str, Any] = {}
     for short, subject in subjects.items():
 
@@ -58,10 +51,10 @@ def main(argv: list[str]) -> None:
             write_json(file, analyses if args.compare else result)
 
         own = output_folder(None, subject.name) / ANALYSIS_FILE
-        earlier = (read_json(own) if own.is_file() else found.get(short)) if args.compare else found
+        earlier = (read_record(own) if own.is_file() else found.get(short)) if args.compare else found
         teacher = teacher and teacher.to(device)
         keep(analyze(subject.to(device), split, args, data=data, teacher=teacher, previous=earlier, keep=keep))
-    draw_analyses(read_json(file) if args.compare else {short: read_json(file)}, folder / PLOTS_FOLDER)
+    draw_analyses(read_record(file) if args.compare else {short: read_record(file)}, folder / PLOTS_FOLDER)
     print(analysis_table(analyses))
     print(f"numbers and plots are in {folder}")
 

@@ -17,8 +17,9 @@ from hf_ihb.evaluation import evaluate_model, metrics_table
 from hf_ihb.models.pretrained import data_defaults, load_pretrained
 from hf_ihb.models.teacher import Teacher, load_teacher
 from hf_ihb.plots import confusion_matrix_plot
-from hf_ihb.records import METRICS_FILE, PLOTS_FOLDER, output_folder, write_json
 from hf_ihb.run import run_script
+from hf_ihb.runs.files import write_json
+from hf_ihb.runs.folder import METRICS_FILE, PLOTS_FOLDER, output_folder
 
 
 def teacher_of(args: EvaluationArguments, label_names: list[str]) -> Teacher | None:

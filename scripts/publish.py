@@ -13,9 +13,9 @@ from pathlib import Path
 from hf_ihb.config.recipe import parse_run
 from hf_ihb.config.run import PublishArguments
 from hf_ihb.errors import DataError, RecipeError
-from hf_ihb.hub import check_push, holds_run, push_run, render_folder
-from hf_ihb.records import CARD_FILE, EVALUATION_FILE, RECIPE_FILE, STAGING_FOLDER
+from hf_ihb.hub import check_push, push_run, render_folder
 from hf_ihb.run import run_script
+from hf_ihb.runs.folder import CARD_FILE, EVALUATION_FILE, RECIPE_FILE, STAGING_FOLDER, RunFolder
 
 
 def main(argv: list[str]) -> None:
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     if args.output_dir is not None and not args.dry_run:
         raise RecipeError(f"key 'output_dir': expected --dry_run with it, found '{args.output_dir}' alone")
     check_push(args.hub_model_id, args.revision, args.create_pr)
-    if not holds_run(run) or not (run / EVALUATION_FILE).is_file():
+    if not (folder := RunFolder(run)).is_ours or not folder.holds(EVALUATION_FILE):
         raise DataError(f"{run}: expected a finished run with {RECIPE_FILE} and {EVALUATION_FILE}, found none")
     if args.dry_run:
         render(run, args)

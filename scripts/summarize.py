@@ -6,8 +6,8 @@ python scripts/summarize.py outputs/quickstart/teacher outputs/quickstart/kd
 import argparse
 from pathlib import Path
 
-from hf_ihb.report import results_table
 from hf_ihb.run import run_script
+from hf_ihb.runs.report import results_table
 
 
 def main(argv: list[str]) -> None:

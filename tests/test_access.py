@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError, Response
 
-from hf_ihb import access, redaction
+from hf_ihb import access
 from hf_ihb.access import explain, fetch_file, pin_revisions, resolve_commit
 from hf_ihb.config.data import DataArguments
 from hf_ihb.config.measure import AnalysisArguments
@@ -276,7 +276,6 @@ def test_the_cache_never_stands_in_for_a_refusal(repos, status):
 
 
 def test_a_published_local_name_is_refused_for_what_it_is(repos):
-    assert access.LOCAL_PREFIX == redaction.LOCAL_PREFIX
     assert "the model was a local folder called 'resnet18', which was not published" in refused("local:resnet18")
     line = refused("local:cifar_png", kind="dataset")
     assert "the data set was a local folder called 'cifar_png'" in line

@@ -23,12 +23,13 @@ from hf_ihb.hub import (
     again,
     check_push,
     ensure_repo,
-    holds_run,
     push_run,
     push_staged,
     render_folder,
+    run_card,
     stage_run,
 )
+from hf_ihb.redaction import find_leaks, machine_folders
 from tests.conftest import TOKEN
 from tests.test_model_card import records
 from tests.test_redaction import chunk
@@ -189,14 +190,23 @@ def test_a_config_names_modules_alone(run, tmp_path, name):
         stage_run(run, tmp_path / "staged", repo_id=REPO)
 
 
+@pytest.mark.parametrize("repo_id", [REPO, None])
+def test_the_card_of_the_run_is_the_one_that_is_staged(run, tmp_path, repo_id):
+    stage_run(run, tmp_path / "staged", repo_id=repo_id, license="mit")
+    text = run_card(run, repo_id=repo_id, license="mit")
+    assert (tmp_path / "staged" / "README.md").read_text("utf-8") == text
+    assert f"\n# {(repo_id or run.name).rpartition('/')[2]}\n" in text
+    assert find_leaks(text.encode(), secrets=[TOKEN], paths=machine_folders(run)) == []
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
         ("model.safetensors", None, "expected a run with its student, found no model.safetensors"),
         ("config.json", None, "found no config.json"),
         ("recipe.json", None, "found no recipe.json"),
-        ("recipe.json", b'{"keys": {}}', "recipe.json: expected the record of a run of ours"),
-        ("metrics.json", b"{", "metrics.json: expected JSON"),
+        ("recipe.json", b'{"keys": {}}', "recipe.json: expected 'dataset', found keys"),
+        ("metrics.json", b"{", "metrics.json: expected a JSON file"),
         ("model.safetensors", b"PK\3\4 pickle", "model.safetensors: expected whole safetensors"),
     ],
 )
@@ -678,10 +688,3 @@ def test_the_command_says_all_that_was_asked():
         "--create_pr",
         "true",
     ]
-
-
-def test_a_run_is_known_by_its_record(run, tmp_path):
-    assert holds_run(run)
-    assert not holds_run(tmp_path)
-    (run / "recipe.json").write_text('{"keys": 3, "environment": {}}')
-    assert not holds_run(run)

@@ -25,7 +25,7 @@ REPO = "me/student"
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")
 TAUGHT = {**STUDENT, "max_eval_samples": None, "method": "logits", "teacher_model": "teacher", "max_steps": 60,
           "max_train_samples": 640, "learning_rate": 3e-3}  # fmt: skip
-PUSH = ("--push_to_hub", "true", "--hub_model_id", REPO)
+PUSH = ("--push_to_hub", "true", "--hub_model_id", REPO, "--analyses_after_training", "attention,cka")
 PULL = """
 import json, sys
 sys.modules["hf_ihb"] = None  # an import of it fails

@@ -17,7 +17,8 @@ from hf_ihb.config.model import ModelArguments, TeacherArguments
 from hf_ihb.data import load_image_split
 from hf_ihb.errors import DataError
 from hf_ihb.evaluation import evaluate_model, metrics_table
-from hf_ihb.model_card import card_data, render_card
+from hf_ihb.hub import card_files, run_card
+from hf_ihb.model_card import card_data
 from hf_ihb.model_card.markdown import Markdown, code, table, to_markdown, visible
 from hf_ihb.models.pretrained import load_pretrained
 from hf_ihb.models.student import build_student
@@ -253,7 +254,7 @@ def test_the_header_holds_the_numbers_of_the_json_files_exactly(make_run):
     files["metrics.json"]["heads"]["averaged"]["accuracy"] = draw()
     for layer in files["analysis.json"]["attention"]["layers"]:
         layer["distance"] = 5 * draw()
-    card = ModelCard(render_card(make_run(files), repo_id="me/cka"))
+    card = ModelCard(run_card(make_run(files), repo_id="me/cka"))
     accuracy, *distances = card.data.eval_results
     assert accuracy.metric_type == "accuracy"
     assert accuracy.metric_value == files["metrics.json"]["heads"]["averaged"]["accuracy"]
@@ -278,7 +279,7 @@ def test_the_header_holds_the_numbers_of_the_json_files_exactly(make_run):
 
 
 def test_the_header_says_what_the_hub_files_it_under(make_run):
-    data = ModelCard(render_card(make_run(records()), repo_id="me/deit")).data.to_dict()
+    data = ModelCard(run_card(make_run(records()), repo_id="me/deit")).data.to_dict()
     assert len(data["model-index"]) == 1
     assert data["model-index"][0]["name"] == "deit"
     del data["model-index"]
@@ -295,15 +296,15 @@ def test_the_header_says_what_the_hub_files_it_under(make_run):
 
 
 def test_the_card_is_the_text_that_the_library_would_write(make_run):
-    text = render_card(make_run(records()))
+    text = run_card(make_run(records()))
     assert str(ModelCard(text)) == text
-    assert card_data(make_run(records())).to_dict() == ModelCard(text).data.to_dict()
+    assert card_data(card_files(make_run(records()))).to_dict() == ModelCard(text).data.to_dict()
 
 
 def test_numbers_that_are_not_defined_are_not_published(make_run):
     files = records()
     files["analysis.json"]["attention"]["layers"][1]["distance"] = None
-    results = ModelCard(render_card(make_run(files))).data.eval_results
+    results = ModelCard(run_card(make_run(files))).data.eval_results
     assert [(r.metric_type, (r.metric_args or {}).get("layer")) for r in results] == [
         ("accuracy", None),
         ("mean_attention_distance", 0),
@@ -319,7 +320,7 @@ def test_a_data_set_or_teacher_that_was_local_is_no_hub_id(make_run, tmp_path):
     for name in ("metrics.json", "analysis.json"):
         files[name]["data"] |= local
         files[name]["teacher"] |= {"name": "outputs/a/resnet18", "revision": None}
-    text = render_card(make_run(files))
+    text = run_card(make_run(files))
     data = ModelCard(text).data.to_dict()
     assert "datasets" not in data
     assert "teacher_revision" not in data
@@ -337,7 +338,7 @@ def test_digits_are_neither_local_nor_on_the_hub(make_run):
     files["recipe.json"]["keys"]["dataset_name"] = "sklearn:digits"
     files["recipe.json"]["dataset"] |= digits
     files["metrics.json"]["data"] |= digits
-    text = render_card(make_run(files))
+    text = run_card(make_run(files))
     assert "datasets" not in ModelCard(text).data.to_dict()
     assert "--dataset_name" not in text
     assert "`sklearn:digits`" in text
@@ -346,13 +347,13 @@ def test_digits_are_neither_local_nor_on_the_hub(make_run):
 def test_weights_that_training_started_from_are_the_base_model(make_run):
     files = records()
     files["recipe.json"]["keys"] |= {"model_name_or_path": "facebook/deit-tiny-patch16-224", "model_revision": SHA}
-    text = render_card(make_run(files))
+    text = run_card(make_run(files))
     data = ModelCard(text).data
     assert data.base_model == "facebook/deit-tiny-patch16-224"
     assert data.base_model_relation == "finetune"
     assert "from the weights of" in text
     files["recipe.json"]["keys"] |= {"model_name_or_path": "/weights/tiny", "model_revision": None}
-    text = render_card(make_run(files))
+    text = run_card(make_run(files))
     assert ModelCard(text).data.base_model is None
     assert "from the weights of `tiny` (a local folder)" in text
 
@@ -366,7 +367,7 @@ def test_options_add_to_what_the_files_say_or_take_its_place(make_run):
         "base_model": "me/base",
         "datasets": ["me/more"],
     }
-    text = render_card(folder, **options)
+    text = run_card(folder, **options)
     data = ModelCard(text).data
     assert data.license == "cc-by-4.0"
     assert data.tags == ["image-classification", "hf_ihb", "distillation", "knowledge-distillation", "mine"]
@@ -379,7 +380,7 @@ def test_options_add_to_what_the_files_say_or_take_its_place(make_run):
 @pytest.mark.parametrize("option", [{"base_model": "/a/b/c"}, {"datasets": ["https://x/y"]}, {"datasets": ["a/b\n"]}])
 def test_names_that_the_hub_cannot_have_are_refused(make_run, option):
     with pytest.raises(DataError, match="expected Hub ids"):
-        render_card(make_run(records()), **option)
+        run_card(make_run(records()), **option)
 
 
 # ---- Body ----
@@ -387,7 +388,7 @@ def test_names_that_the_hub_cannot_have_are_refused(make_run, option):
 
 def test_the_results_are_those_of_the_json_files(make_run):
     files = records()
-    results, attention, _ = tables_of(render_card(make_run(files)))
+    results, attention, _ = tables_of(run_card(make_run(files)))
     assert results == [
         ["", "accuracy %", "top-5 %", "NLL (nats)", "ECE %", "parameters"],
         ["this student", "38.51", "89.37", "1.6595", "4.40", "308,820"],
@@ -439,50 +440,48 @@ def test_the_results_are_those_of_the_json_files(make_run):
 )  # fmt: skip
 def test_a_number_that_changes_in_a_file_changes_in_the_card(make_run, file, path, value, shown):
     files = records()
-    assert shown not in plain(render_card(make_run(files)))
+    assert shown not in plain(run_card(make_run(files)))
     holder = files[file]
     for name in path[:-1]:
         holder = holder[name]
     holder[path[-1]] = value
-    assert shown in plain(render_card(make_run(files)))
+    assert shown in plain(run_card(make_run(files)))
 
 
 def test_epochs_are_images_seen_per_image_and_the_batch_is_that_of_all_processes(make_run):
     files = records()
     files["recipe.json"]["environment"] = ENVIRONMENT | {"num_processes": 3}
-    text = render_card(make_run(files))
+    text = run_card(make_run(files))
     assert f"703 steps, {703 * 64 * 2 * 3 / 45000:.1f} epochs" in text
     assert "384 images (per device 64, accumulated 2, processes 3)" in text
 
 
 def test_splits_that_a_run_has_not_are_left_out(make_run):
     files = records()
-    assert "45,000 training, 5,000 validation, 10,000 test images" in render_card(make_run(files))
+    assert "45,000 training, 5,000 validation, 10,000 test images" in run_card(make_run(files))
     files["recipe.json"]["dataset"]["test"] = 0
-    assert "45,000 training, 5,000 validation images" in render_card(make_run(files))
+    assert "45,000 training, 5,000 validation images" in run_card(make_run(files))
 
 
 def test_of_equal_evaluations_the_first_was_kept(make_run):
-    assert "the best of 3 evaluations by `accuracy` on the `validation` split: epoch 2, 35.00 %" in render_card(
+    assert "the best of 3 evaluations by `accuracy` on the `validation` split: epoch 2, 35.00 %" in run_card(
         make_run(records())
     )
     files = records()
     files["recipe.json"]["keys"] |= {"metric_for_best_model": "loss", "greater_is_better": False}
     files["training_history.json"] = [{"eval_loss": 2.0, "epoch": 1.0}, {"eval_loss": 3.0, "epoch": 2.0}]
-    assert "the best of 2 evaluations by `loss` on the `validation` split: epoch 1, 2.0000" in render_card(
-        make_run(files)
-    )
+    assert "the best of 2 evaluations by `loss` on the `validation` split: epoch 1, 2.0000" in run_card(make_run(files))
 
 
 def test_the_most_similar_pair_of_layers_is_named(make_run):
-    text = plain(render_card(make_run(records())))
+    text = plain(run_card(make_run(records())))
     assert "Layer 0 and layer 1 of `facebook/dinov2-small` are the most alike, with 0.876" in text
     assert "the last layers of both, 1 and 2, have 0.432." in text
-    assert "The first and the last layer have 0.500." in plain(render_card(make_run(on_labels(records()))))
+    assert "The first and the last layer have 0.500." in plain(run_card(make_run(on_labels(records()))))
 
 
 def test_a_run_on_labels_has_no_word_of_a_teacher(make_run):
-    text = render_card(make_run(on_labels(records())))
+    text = run_card(make_run(on_labels(records())))
     data = ModelCard(text).data
     assert data.tags == ["image-classification", "hf_ihb"]
     assert "teacher_model" not in data.to_dict()
@@ -497,33 +496,33 @@ def test_a_run_on_labels_has_no_word_of_a_teacher(make_run):
 def test_a_control_says_so_first(make_run, control, phrase):
     files = records()
     files["recipe.json"]["keys"]["teacher_control"] = control
-    first = body_of(render_card(make_run(files))).strip().split("\n\n")[1]
+    first = body_of(run_card(make_run(files))).strip().split("\n\n")[1]
     assert first.startswith("**A control run: ")
     assert phrase in first
-    assert "control run" not in render_card(make_run(records()))
+    assert "control run" not in run_card(make_run(records()))
 
 
 def test_what_the_loss_was_is_said(make_run):
     files = records()
     files["recipe.json"]["keys"] |= {"method": "logits", "alpha": 0.75, "temperature": 3.0, "distillation_type": "soft"}
-    text = render_card(make_run(files))
+    text = run_card(make_run(files))
     assert "by soft logit distillation at temperature 3." in text
     assert "cross-entropy on the labels (weight 0.25)" in text
     assert "probabilities at temperature 3 (weight 0.75)" in text
     assert "1503.02531" in text
     files["recipe.json"]["keys"]["distillation_type"] = "hard"
-    text = render_card(make_run(files))
+    text = run_card(make_run(files))
     assert "by hard logit distillation." in text
     assert "1503.02531" not in text
     files["recipe.json"]["keys"] |= {"method": "structural", "token_weight": 0.5}
-    text = render_card(make_run(files))
+    text = run_card(make_run(files))
     assert "by CKA + token losses between layers." in text
     assert "0 with 5, 1 with 11 (student's with teacher's, from 0)" in text
 
 
 def test_references_are_of_what_the_run_stands_on(make_run):
     def cited(files):
-        return set(re.findall(r"abs/([\d.]+)\)", render_card(make_run(files))))
+        return set(re.findall(r"abs/([\d.]+)\)", run_card(make_run(files))))
 
     deit, vit, cka, dinov2 = "2012.12877", "2010.11929", "1905.00414", "2304.07193"
     assert cited(records()) == {deit, vit, cka, dinov2}
@@ -554,7 +553,7 @@ def test_what_a_run_lacks_is_left_out_whole(make_run, kept, taught):
     for i, name in enumerate(OPTIONAL):
         if not kept >> i & 1:
             del files[name]
-    text = render_card(make_run(files, plots=()))
+    text = run_card(make_run(files, plots=()))
     body = body_of(text)
     assert not re.search(r"\b(None|nan|NaN|null|N/A|n/a|undefined)\b", body)
     assert "![" not in body
@@ -576,7 +575,7 @@ def test_what_a_run_lacks_is_left_out_whole(make_run, kept, taught):
 def test_without_metrics_the_accuracies_are_those_of_the_end_of_training(make_run):
     files = records()
     del files["metrics.json"]
-    text = render_card(make_run(files))
+    text = run_card(make_run(files))
     assert ModelCard(text).data.eval_results[0].metric_value == 0.3851
     assert tables_of(text)[0] == [
         ["", "accuracy %", "parameters"],
@@ -590,15 +589,15 @@ def test_without_metrics_the_accuracies_are_those_of_the_end_of_training(make_ru
 def test_one_head_is_one_row(make_run):
     files = on_labels(records())
     files["metrics.json"]["heads"] = {"logits": head(0.5)}
-    assert [row[0] for row in tables_of(render_card(make_run(files)))[0]] == ["", "this model"]
+    assert [row[0] for row in tables_of(run_card(make_run(files)))[0]] == ["", "this model"]
 
 
 def test_plots_are_shown_where_they_are(make_run):
     files = records()
-    shown = re.findall(r"!\[.*?\]\((.*?)\)", render_card(make_run(files)))
+    shown = re.findall(r"!\[.*?\]\((.*?)\)", run_card(make_run(files)))
     assert shown == ["plots/attention_distance.png", "plots/cka_linear.png"]
     folder = make_run(files, name="other", plots=("cka_linear", "eigenvalue_density"))
-    assert re.findall(r"!\[.*?\]\((.*?)\)", render_card(folder)) == [
+    assert re.findall(r"!\[.*?\]\((.*?)\)", run_card(folder)) == [
         "plots/cka_linear.png",
         "plots/eigenvalue_density.png",
     ]
@@ -606,12 +605,12 @@ def test_plots_are_shown_where_they_are(make_run):
 
 def test_the_same_files_give_the_same_text_wherever_they_are(make_run, tmp_path, monkeypatch):
     folder = make_run(records())
-    text = render_card(folder)
+    text = run_card(folder)
     copied = folder.rename(tmp_path / "moved").rename(tmp_path / "plots")
     (tmp_path / "deep").mkdir()
     copied = copied.rename(tmp_path / "deep" / "cka")
     monkeypatch.chdir(copied)
-    assert render_card(copied) == text == render_card(copied.relative_to(copied))
+    assert run_card(copied) == text == run_card(copied.relative_to(copied))
     assert str(tmp_path) not in text
 
 
@@ -631,11 +630,11 @@ def flawed_cases():
 @pytest.mark.parametrize(("arguments", "name", "value"), flawed_cases())
 def test_flaws_of_the_published_study_are_named_as_a_run_names_them(make_run, arguments, name, value):
     files = records()
-    assert "Flaws of the published study" not in render_card(make_run(files))
+    assert "Flaws of the published study" not in run_card(make_run(files))
     if arguments is LogitDistillationTrainingArguments:
         files["recipe.json"]["keys"]["method"] = "logits"
     files["recipe.json"]["keys"][name] = value
-    text = plain(render_card(make_run(files)))
+    text = plain(run_card(make_run(files)))
     instance = object.__new__(arguments)
     instance.__dict__.update({name: value})
     (line,) = published_flaws([instance])
@@ -694,7 +693,7 @@ def test_the_usage_example_runs_and_the_card_prints_what_evaluation_prints(
     make_run, digits, shape, monkeypatch, capsys
 ):
     folder, metrics = run_with_model(make_run, digits, **shape)
-    text = render_card(folder)
+    text = run_card(folder)
     example = usage_of(text)
     is_custom, is_ours = shape["architecture"] == "adaptive_cnn", shape["architecture"].startswith("resnet18")
     assert ("trust_remote_code=True" in example) == is_custom
@@ -717,12 +716,12 @@ def test_the_usage_example_runs_and_the_card_prints_what_evaluation_prints(
 
 def test_the_example_and_the_command_name_the_repo(make_run):
     files = records()
-    text = render_card(make_run(files), repo_id="me/deit-tiny-cka")
+    text = run_card(make_run(files), repo_id="me/deit-tiny-cka")
     assert 'model="me/deit-tiny-cka"' in usage_of(text)
     assert fences_of(text, "bash") == ["python scripts/evaluate_model.py me/deit-tiny-cka\n"]
     assert "\n# deit-tiny-cka\n" in text
     files["metrics.json"]["data"] |= {"split": "validation", "name": "me/other"}
-    assert fences_of(render_card(make_run(files)), "bash") == [
+    assert fences_of(run_card(make_run(files)), "bash") == [
         "python scripts/evaluate_model.py cka --dataset_name me/other --split validation\n"
     ]
 
@@ -828,8 +827,8 @@ def test_no_name_becomes_markup(make_run, name):
     tame = "tame" if name.isalnum() and len(name) < 20 else "a.b"
     benign, hostile = make_run(with_names("a.b"), "a.b"), make_run(with_names(name), "c.d")
     options = {"repo_id": name, "model_name": name, "license": name, "tags": [name]}
-    expected = render_card(benign, repo_id="a.b", model_name=tame)
-    text = render_card(hostile, **options)
+    expected = run_card(benign, repo_id="a.b", model_name=tame)
+    text = run_card(hostile, **options)
     assert skeleton(text) == skeleton(expected)
     html = MARKDOWN.render(body_of(text))
     assert "<script" not in html
@@ -843,7 +842,9 @@ def test_no_name_becomes_markup(make_run, name):
     assert data.license == name
     assert data.tags[-1] == name
     assert data.model_name == name
-    published = publishable({file: json.loads(json.dumps(content)) for file, content in with_names(name).items()})
+    published = publishable(
+        {file: json.loads(json.dumps(content)) for file, content in with_names(name).items()}, repo_id=name
+    )
     where = published["metrics.json"]["data"]
     config = published["recipe.json"]["keys"]["dataset_config_name"]
     for result in data.eval_results:
@@ -858,7 +859,7 @@ def test_no_name_becomes_markup(make_run, name):
 
 def test_a_folder_without_a_recipe_is_no_run(tmp_path):
     with pytest.raises(DataError, match=r"recipe\.json: expected a JSON file"):
-        render_card(tmp_path)
+        run_card(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -868,13 +869,17 @@ def test_a_folder_without_a_recipe_is_no_run(tmp_path):
         ("recipe.json", "[]", r"recipe\.json: expected an object in JSON, found list"),
         ("recipe.json", '{"keys": {}}', r"recipe\.json: expected 'dataset', found keys"),
         ("training_history.json", "{}", r"training_history\.json: expected a list in JSON, found dict"),
-        ("metrics.json", '{"model": {"weights_sha256": "aa"}}', r"expected the records that hf_ihb writes.*KeyError"),
-        ("metrics.json", '{"model": {"weights_sha256": "bb"}}', r"of the same weights, found different ones"),
+        ("metrics.json", '{"model": {"weights_sha256": "aa"}}', r"metrics\.json: expected 'data', found model"),
+        (
+            "metrics.json",
+            '{"model": {"weights_sha256": "bb"}, "data": {}, "heads": {}}',
+            r"of the same weights, found different ones",
+        ),
     ],
 )
 def test_files_that_are_something_else_are_one_line(make_run, file, content, message):
     folder = make_run(records())
     (folder / file).write_text(content)
     with pytest.raises(DataError, match=message) as caught:
-        render_card(folder)
+        run_card(folder)
     assert "\n" not in str(caught.value)

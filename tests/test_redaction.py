@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import save
 from torch import zeros
 
-from hf_ihb import access
-from hf_ihb.redaction import LOCAL_PREFIX, find_leaks, machine_folders, publishable, secrets_in_effect
+from hf_ihb.config.secrets import secrets_in_effect
+from hf_ihb.redaction import find_leaks, machine_folders, publishable
 
 SECRET = "hf_" + "canary" * 5
 HOME = "/home/path-canary"
@@ -53,10 +53,6 @@ def strings(content):
     if isinstance(content, dict):
         return [s for key, value in content.items() for s in ([key] if key else []) + strings(value)]
     return [s for item in content for s in strings(item)] if isinstance(content, list) else [content]
-
-
-def test_the_prefix_is_the_one_that_pulling_knows():
-    assert LOCAL_PREFIX == access.LOCAL_PREFIX
 
 
 def test_every_folder_becomes_its_last_component_wherever_it_stands():

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 STUDENT = {
     "dataset_name": "sklearn:digits", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
     "patch_size": 2, "max_train_samples": 64, "max_eval_samples": 40, "per_device_train_batch_size": 32, "max_steps": 1,
-    "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+    "report_to": "none", "use_cpu": True, "disable_tqdm": True, "analyses_after_training": "none",
 }  # fmt: skip
 TAUGHT = {**STUDENT, "method": "logits"}
 
@@ -147,13 +147,13 @@ def test_a_finished_run_is_analysed_on_the_data_of_its_recipe(script, tmp_path):
     assert found["data"]["num_images"] == 40
     assert found["attention"]["grid"] == [4, 4]
     assert found["hessian"]["num_images"] == 20
-    assert {path.name for path in (tmp_path / "run" / "plots").iterdir()} == DRAWN
+    assert {path.name for path in (tmp_path / "run" / "plots").iterdir()} == {*DRAWN, "confusion_matrix.png"}
     assert f"{found['attention']['mean_distance']:.3f}" in done.stdout
     assert "numbers and plots are in run" in done.stdout
     # a new run in its place leaves nothing of the old one's results
     assert script("train.py", STUDENT, "--output_dir", "run", "--overwrite_output_dir", "true").code == 0
     assert not (tmp_path / "run" / "analysis.json").exists()
-    assert not list((tmp_path / "run" / "plots").iterdir())
+    assert [path.name for path in (tmp_path / "run" / "plots").iterdir()] == ["confusion_matrix.png"]
 
 
 def test_students_are_put_side_by_side_and_what_is_known_is_read(script, tmp_path):

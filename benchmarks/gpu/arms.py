@@ -18,7 +18,7 @@ from hf_ihb.analysis import analyze
 from hf_ihb.config.measure import AnalysisArguments
 from hf_ihb.data import load_image_split
 from hf_ihb.models.pretrained import load_pretrained
-from hf_ihb.report import read_run
+from hf_ihb.runs.report import read_run
 
 CONTROL = "ce_only"
 

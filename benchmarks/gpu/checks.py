@@ -20,7 +20,7 @@ from gpu.builds import IMAGENET, Builder, dinov2
 from gpu.job import ROOT, Context
 from hf_ihb.augment import Augmenter
 from hf_ihb.config.augmentation import AugmentationArguments
-from hf_ihb.records import read_json
+from hf_ihb.runs.files import read_json
 
 STEPS, BATCH = 5, 32
 # float32 there against float32 here, bfloat16 against float32, compiled against eager

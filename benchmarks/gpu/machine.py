@@ -10,7 +10,7 @@ import torch
 from gpu.job import Context
 from hf_ihb.config.data import DataArguments
 from hf_ihb.data import load_image_data
-from hf_ihb.records import environment
+from hf_ihb.runs.environment import environment
 
 # What a compiled training step of a DeiT-Tiny moves for one image, at the least: 20.6 GB of products and attention and
 # about 18 GB of fused pointwise work in a batch of 1024, from the operations' sizes.

@@ -16,8 +16,8 @@ from gpu.checks import TOLERANCES, differences
 from gpu.job import Context, Journal
 from gpu.throughput import WAYS
 from hf_ihb.plots.curves import curve_panels
-from hf_ihb.records import write_json
-from hf_ihb.report import markdown_table
+from hf_ihb.runs.files import write_json
+from hf_ihb.runs.tables import markdown_table
 
 FALLS_AFTER = 20  # steps; fewer are warm-up
 BEST_FOLDER = "gpu-best"

@@ -56,6 +56,18 @@ class EvaluationArguments(MeasurementArguments):
 ANALYSES = ("attention", "cka", "hessian")
 
 
+def analyses_of(key_name: str, text: str) -> list[str]:
+    """The analyses that a key names, with commas between them, in the order they are made.
+
+    Raises:
+        ValueError: If there is no such analysis.
+    """
+    names = [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in ANALYSES]:
+        raise ValueError(f"key '{key_name}': expected some of {','.join(ANALYSES)}, found '{unknown[0]}'")
+    return sorted(names, key=ANALYSES.index)
+
+
 @dataclass
 class AnalysisArguments(MeasurementArguments):
     """What is measured of a model's inside."""
@@ -93,12 +105,9 @@ class AnalysisArguments(MeasurementArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in self.analyses:
-            if name not in ANALYSES:
-                raise ValueError(f"key 'metrics': expected some of {','.join(ANALYSES)}, found '{name}'")
+        analyses_of("metrics", self.metrics)
 
     @property
     def analyses(self) -> list[str]:
         """Which analyses, in the order they are made."""
-        asked = [name.strip() for name in self.metrics.split(",")]
-        return sorted(asked, key=lambda name: ANALYSES.index(name) if name in ANALYSES else 0)
+        return analyses_of("metrics", self.metrics)

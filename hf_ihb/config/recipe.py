@@ -14,21 +14,12 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 
 from hf_ihb.config.fields import expected_value, matches, out_of_range, shown, type_hints
+from hf_ihb.config.names import REVISIONS
+from hf_ihb.config.secrets import holds_secret, is_token_key, masked_key, refuse_secrets
 from hf_ihb.errors import RecipeError
 
 MAX_RECIPE_BYTES = 1 << 20
 MAX_INTEGER = 1 << 63
-
-# What must not be shown, written down or sent: tokens of services, passwords in URLs.
-_SECRET = re.compile(
-    r"\b(hf|api_org|ghp|gho|github_pat|glpat|xox[abp]|sk)[_-]\w{16,}|\bAKIA[0-9A-Z]{16}\b|://[^/\s@]*:[^/\s@]*@"
-)
-# A revision belongs to the name beside it: another name on the command line does not take over the recipe's.
-_REVISIONS = {
-    "dataset_name": "dataset_revision",
-    "teacher_model": "teacher_revision",
-    "model_name_or_path": "model_revision",
-}
 
 
 class _RecipeParser(HfArgumentParser):
@@ -89,7 +80,7 @@ def parse_models(
     Args:
         argv: Command line without the program's name; the model's folder or Hub id comes first, unless a list of models
             is given as ``--compare A B``.
-        *dataclasses: As in `parse_recipe`; one of them has `model_revision`.
+        *dataclasses: Types whose fields are the known keys; one of them has `model_revision`.
         defaults: Called with name and revision of the model (of the first compared one if there is no other); returns
             keys that stand in for what the command line leaves out, and `model_revision` where that names a commit now.
         description: Text at the top of ``--help``.
@@ -100,7 +91,7 @@ def parse_models(
     Raises:
         RecipeError: If the command line or a default cannot be used.
     """
-    _refuse_secrets(argv)
+    refuse_secrets(argv)
     compares = any(f.name == "compare" for dataclass in dataclasses for f in fields(dataclass))
     parser = _parser(argv, dataclasses, description, f"{'[MODEL]' if compares else 'MODEL'} [--KEY VALUE ...]")
     model, options = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
@@ -120,13 +111,13 @@ def parse_run(argv: Sequence[str], *dataclasses: type, description: str | None =
 
     Args:
         argv: Command line without the program's name; the folder comes first.
-        *dataclasses: As in `parse_recipe`.
+        *dataclasses: Types whose fields are the known keys.
         description: Text at the top of ``--help``.
 
     Raises:
         RecipeError: If the command line cannot be used.
     """
-    _refuse_secrets(argv)
+    refuse_secrets(argv)
     parser = _parser(argv, dataclasses, description, "RUN [--KEY VALUE ...]")
     if not argv or argv[0].startswith("-"):
         raise RecipeError("command line: expected a run first, its folder, such as outputs/cka")
@@ -165,9 +156,9 @@ def _parse(
         _check_key(f"command line: key '{name}'", name, None, owners)
         raise RecipeError(f"command line: expected --key value, found '{unknown[0]}'")
     given = {token.lstrip("-").split("=")[0].replace("-", "_") for token in options if token.startswith("--")}
-    for name in given & _REVISIONS.keys() & values.keys():
-        if getattr(namespace, name) != values[name] and _REVISIONS[name] not in given:
-            setattr(namespace, _REVISIONS[name], None)
+    for name in given & REVISIONS.keys() & values.keys():
+        if getattr(namespace, name) != values[name] and REVISIONS[name] not in given:
+            setattr(namespace, REVISIONS[name], None)
     for name in given & owners.keys():
         _check_range(f"command line: key '{name}'", name, getattr(namespace, name), owners[name])
     if isinstance(path, Path) and "output_dir" in owners and "output_dir" not in given | values.keys():
@@ -196,7 +187,7 @@ def recipe_path(argv: Sequence[str]) -> Path:
     Raises:
         RecipeError: If the first argument is not the path of a file, or an argument is a secret.
     """
-    _refuse_secrets(argv)
+    refuse_secrets(argv)
     if not argv or argv[0].startswith("-"):
         raise RecipeError("command line: expected the path of a recipe first, such as recipes/cka.json")
     path = Path(argv[0])
@@ -255,29 +246,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected a JSON object, found {shown(values)}")
     for name, value in values.items():
-        if name.endswith("_token") or _SECRET.search(json.dumps(value, ensure_ascii=False)):
+        if is_token_key(name) or holds_secret(json.dumps(value, ensure_ascii=False)):
             raise RecipeError(
-                f"{path}: key '{_SECRET.sub('***', name)}': expected no secret in a recipe; set the HF_TOKEN "
+                f"{path}: key '{masked_key(name)}': expected no secret in a recipe; set the HF_TOKEN "
                 "environment variable"
             )
     return values
-
-
-def _refuse_secrets(argv: Sequence[str]) -> None:
-    """Refuses a secret on the command line, but for the one value of a token's key, which is written nowhere."""
-    name = ""
-    for token in argv:
-        is_key, value = token.startswith("--"), token
-        if is_key:
-            key, equals, value = token[2:].partition("=")
-            name, value = key.replace("-", "_"), value if equals else key
-        if _SECRET.search(value) and not name.endswith("_token"):
-            where = f" key '{_SECRET.sub('***', name)}':" if name else ""
-            raise RecipeError(
-                f"command line:{where} expected no secret; set the HF_TOKEN environment variable, or give --hub_token"
-            )
-        if not is_key or equals:
-            name = ""
 
 
 def _check_key(origin: str, name: str, value: Any, owners: dict[str, type]) -> None:

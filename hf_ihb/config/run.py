@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from hf_ihb.config.fields import Checked, key
+from hf_ihb.config.measure import analyses_of
 
 
 @dataclass
@@ -15,9 +16,23 @@ class RunArguments(Checked):
     license: str = key("apache-2.0", "License of the trained model, by the Hub's identifier, for its card.")
     baseline_model: str | None = key(
         None,
-        "Hub id or folder of the matched control, trained without a teacher; with push_to_hub the card shows the gain "
-        "over it.",
+        "Hub id or folder of the matched control, trained without a teacher; metrics and card show the gain over it.",
     )
+    analyses_after_training: str = key(
+        "attention",
+        "Analyses of the trained student, with commas, by the defaults of analyze.py: attention (where it has some), "
+        "cka (with the teacher's layers too), hessian; or none. Pushing changes nothing about it.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.analyses_after_training != "none":
+            analyses_of("analyses_after_training", self.analyses_after_training)
+
+    @property
+    def analyses(self) -> list[str]:
+        """Which analyses, in the order they are made."""
+        return [] if self.analyses_after_training == "none" else analyses_of("", self.analyses_after_training)
 
 
 @dataclass

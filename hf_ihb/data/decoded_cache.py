@@ -25,7 +25,7 @@ from hf_ihb.data.decode import EncodedImages, progress_bar
 from hf_ihb.data.levels import count_levels
 from hf_ihb.data.placement import readable_bytes, readable_seconds
 from hf_ihb.errors import CacheError
-from hf_ihb.records import write_json
+from hf_ihb.runs.files import write_json
 
 FORMAT = 1
 PIXELS_FILE, JOURNAL_FILE = "pixels.bin", "blocks.jsonl"

@@ -21,8 +21,8 @@ from transformers.utils import CONFIG_NAME
 from hf_ihb.access import explain
 from hf_ihb.config.run import PublishArguments
 from hf_ihb.errors import HubPushError, RecipeError
-from hf_ihb.hub.staging import is_run_record, is_weights, owned_names, stage_run
-from hf_ihb.records import CARD_FILE, RECIPE_FILE
+from hf_ihb.hub.staging import is_weights, owned_names, stage_run
+from hf_ihb.runs.folder import CARD_FILE, RECIPE_FILE, is_record
 
 logger = logging.getLogger(__name__)
 
@@ -143,8 +143,8 @@ def push_staged(
         folder: What `stage_run` wrote.
         repo_id: The repo; made where there is none.
         commit_message: First line of the commit, or the title of the pull request.
-        token: As `ensure_repo`.
-        private: As `ensure_repo`.
+        token: The one of the environment or the login if None.
+        private: Of a repo that is made; the owner's default if None.
         revision: Branch, made from the main branch where there is none; the main branch if None.
         create_pr: Open a pull request to the main branch.
         overwrite: Go on where the repo holds something other than a run of ours.
@@ -184,24 +184,25 @@ def push_run(
 
     Args:
         run: A run folder; it is not changed.
-        repo_id: As `push_staged`, and so is all that is not an argument of `stage_run`.
-        commit_message: As `push_staged`.
-        license: As `stage_run`.
-        weights: As `stage_run`.
-        card: As `stage_run`.
-        token: As `push_staged`.
-        private: As `push_staged`.
-        revision: As `push_staged`.
-        create_pr: As `push_staged`.
-        overwrite: As `push_staged`.
-        patience: As `push_staged`.
+        repo_id: The repo; made where there is none.
+        commit_message: First line of the commit, or the title of the pull request.
+        license: Of the model; the run's if None.
+        weights: Folder to take the student from instead (see `stage_run`).
+        card: More arguments of the card.
+        token: The one of the environment or the login if None.
+        private: Of a repo that is made; the owner's default if None.
+        revision: Branch, made from the main branch where there is none; the main branch if None.
+        create_pr: Open a pull request to the main branch.
+        overwrite: Go on where the repo holds something other than a run of ours.
+        patience: How long a trouble of the Hub is waited for.
 
     Returns:
-        As `push_staged`.
+        The commit; that of the branch as it stands, with a description that says so, where nothing had to change.
 
     Raises:
-        RecipeError: As `push_staged`.
-        HubPushError: As `stage_run` and `push_staged`; it ends with the command that pushes again.
+        RecipeError: If the id is none, or both a branch and a pull request are asked for.
+        HubPushError: If the run cannot be staged or the Hub does not take it; it ends with the command that pushes
+            again.
     """
     check_push(repo_id, revision, create_pr)
     where = {"private": private, "revision": revision, "create_pr": create_pr}
@@ -267,7 +268,7 @@ class _Push:
         """Finds what the branch holds, and refuses to write over what is not ours."""
         head = self._head(make=True)
         names = {file.rfilename for file in head.siblings or []}
-        ours = is_run_record(self._fetch(RECIPE_FILE, names, head))
+        ours = is_record(self._fetch(RECIPE_FILE, names, head))
         others = {n for n in names if n not in (".gitattributes", CARD_FILE) and not n.upper().startswith("LICENSE")}
         if others and not ours and not overwrite:
             raise HubPushError(

@@ -1,6 +1,5 @@
 """A run folder -> a folder of what is pushed: named files and nothing else, without anything of this machine."""
 
-import json
 import re
 import shutil
 import tempfile
@@ -11,21 +10,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from hf_ihb.errors import HubPushError, RecipeError
-from hf_ihb.model_card import render_card
-from hf_ihb.records import (
-    ANALYSIS_FILE,
-    CARD_FILE,
-    EVALUATION_FILE,
-    HISTORY_FILE,
-    METRICS_FILE,
-    PLOTS,
-    RECIPE_FILE,
-    write_json,
-)
-from hf_ihb.redaction import find_leaks, machine_folders, publishable, secrets_in_effect
+from hf_ihb.config.secrets import secrets_in_effect
+from hf_ihb.errors import DataError, HubPushError, RecipeError
+from hf_ihb.model_card import RunFiles, render_card, run_files
+from hf_ihb.redaction import find_leaks, machine_folders, publishable
+from hf_ihb.runs.files import read_json, write_json
+from hf_ihb.runs.folder import CARD_FILE, HISTORY_FILE, PLOTS, RECIPE_FILE, RECORDS, RunFolder, read_record
 
-RECORDS = (RECIPE_FILE, HISTORY_FILE, EVALUATION_FILE, METRICS_FILE, ANALYSIS_FILE)
+_REDACTED = (*RECORDS, CONFIG_NAME, IMAGE_PROCESSOR_NAME)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _CODE = re.compile(r"([A-Za-z_]\w*)\.[A-Za-z_]\w*")
 
@@ -61,17 +53,20 @@ def stage_run(
     Raises:
         HubPushError: If a file is missing, unreadable or a link, or holds what may not leave.
     """
-    sources = _student(run, weights) | _evidence(run, weights)
+    try:
+        sources = _student(run, weights) | _evidence(run, weights)
+        recorded = _recorded(sources)
+        published = publishable(recorded, repo_id=repo_id)
+        options = {**(card or {}), **({"license": license} if license else {})}
+        text = render_card(run_files(run, sources, published), repo_id=repo_id, **options)
+    except DataError as error:
+        raise HubPushError(str(error)) from error
     for name, path in sources.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target / name)
-    contents = {name: _read(path) for name, path in sources.items() if name in _REDACTED}
-    if not is_run_record(contents[RECIPE_FILE]):
-        raise HubPushError(f"{run / RECIPE_FILE}: expected the record of a run of ours, found something else")
-    for name, content in publishable(contents, repo_id=repo_id).items():
-        if content != contents[name]:
+    for name, content in published.items():
+        if content != recorded[name]:
             write_json(target / name, content)
-    text = render_card(target, repo_id=repo_id, **({"license": license} if license else {}), **(card or {}))
     (target / CARD_FILE).write_text(text, "utf-8")
 
     names = sorted([*sources, CARD_FILE])
@@ -79,7 +74,36 @@ def stage_run(
     return names
 
 
-_REDACTED = (*RECORDS, CONFIG_NAME, IMAGE_PROCESSOR_NAME)
+def card_files(run: Path, *, repo_id: str | None = None) -> RunFiles:
+    """What a card says of a run as it stands, without anything of this machine; the student may not be saved yet.
+
+    Args:
+        run: A run folder; it needs its ``recipe.json``.
+        repo_id: Where it goes; None leaves the model ``local:<folder>``.
+
+    Raises:
+        DataError: If a file is not what its name says, or results are of different weights.
+    """
+    names = (CONFIG_NAME, SAFE_WEIGHTS_NAME, IMAGE_PROCESSOR_NAME, *RECORDS, *PLOTS)
+    files = {name: run / name for name in names if (run / name).is_file() or name == RECIPE_FILE}
+    recorded = _recorded(files)
+    code = [name for name in _code_files(recorded.get(CONFIG_NAME), str(run)) if (run / name).is_file()]
+    return run_files(run, [*files, *code], publishable(recorded, repo_id=repo_id))
+
+
+def run_card(run: Path, *, repo_id: str | None = None, **options: Any) -> str:
+    """The text of a run's ``README.md``; `stage_run` writes the same of the same files.
+
+    Args:
+        run: A run folder; it needs its ``recipe.json``.
+        repo_id: Where it goes; None leaves the model ``local:<folder>``.
+        **options: More arguments of `render_card`.
+
+    Raises:
+        DataError: If a file is not what its name says, results are of different weights, or an option is not the Hub id
+            it should be.
+    """
+    return render_card(card_files(run, repo_id=repo_id), repo_id=repo_id, **options)
 
 
 def render_folder(run: Path, target: Path, **options: Any) -> list[str]:
@@ -88,14 +112,14 @@ def render_folder(run: Path, target: Path, **options: Any) -> list[str]:
     Args:
         run: A run folder.
         target: Where to; its parents are made.
-        **options: As `stage_run`.
+        **options: Those of `stage_run`.
 
     Returns:
         Paths below `target`, sorted.
 
     Raises:
         RecipeError: If `target` holds anything else, or cannot be written to.
-        HubPushError: As `stage_run`.
+        HubPushError: If a file is missing, unreadable or a link, or holds what may not leave.
     """
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise RecipeError(f"key 'output_dir': expected a folder, found {target}, which is none")
@@ -112,19 +136,6 @@ def render_folder(run: Path, target: Path, **options: Any) -> list[str]:
     except OSError as error:
         raise RecipeError(f"key 'output_dir': {target} could not be written ({error.strerror or error})") from error
     return names
-
-
-def is_run_record(content: Any) -> bool:
-    """Whether a parsed ``recipe.json`` was written by a run of ours."""
-    return isinstance(content, dict) and all(isinstance(content.get(part), dict) for part in ("keys", "environment"))
-
-
-def holds_run(folder: Path) -> bool:
-    """Whether a folder holds a run of ours, judged by what its ``recipe.json`` says."""
-    try:
-        return is_run_record(json.loads((folder / RECIPE_FILE).read_text("utf-8")))
-    except (OSError, ValueError):
-        return False
 
 
 def owned_names(names: Iterable[str], config: Any = None) -> set[str]:
@@ -146,7 +157,7 @@ def is_weights(name: str) -> bool:
 
 def _is_rendering(folder: Path) -> bool:
     """Whether all of a folder was written by `stage_run`; unlike a published record, a run's own names its folder."""
-    if not holds_run(folder) or "output_dir" in _read(folder / RECIPE_FILE)["keys"]:
+    if not RunFolder(folder).is_ours or "output_dir" in read_json(folder / RECIPE_FILE)["keys"]:
         return False
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()}
     return all(name.endswith(".py") for name in names - owned_names(names) - {CARD_FILE})
@@ -159,7 +170,7 @@ def _student(run: Path, weights: Path | None) -> dict[str, Path]:
     around = [folder, *(parent for parent in folder.parents if parent.is_relative_to(run))]
     files = {CONFIG_NAME: _required(folder, CONFIG_NAME)}
     if index := _own_file(folder, SAFE_WEIGHTS_INDEX_NAME):
-        shards = _read(index).get("weight_map") if isinstance(_read(index), dict) else None
+        shards = read_json(index).get("weight_map")
         names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
         if not names or not all(map(_SHARD.fullmatch, names)):
             raise HubPushError(f"{index}: expected shards such as model-00001-of-00002.safetensors, found {names[:3]}")
@@ -169,7 +180,7 @@ def _student(run: Path, weights: Path | None) -> dict[str, Path]:
     for path in files.values():
         if path.suffix == ".safetensors":
             _check_safetensors(path)
-    for name in _code_files(_read(files[CONFIG_NAME]), str(files[CONFIG_NAME])):
+    for name in _code_files(read_json(files[CONFIG_NAME]), str(files[CONFIG_NAME])):
         found = (path for place in around if (path := _own_file(place, name)))
         files[name] = next(found, None) or _required(folder, name)
     processors = (path for place in around if (path := _own_file(place, IMAGE_PROCESSOR_NAME)))
@@ -219,11 +230,9 @@ def _required(folder: Path, name: str) -> Path:
     return path
 
 
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise HubPushError(f"{path}: expected JSON, found {' '.join(str(error).split())}") from error
+def _recorded(files: Mapping[str, Path]) -> dict[str, Any]:
+    """What the JSON files among some of a run hold."""
+    return {name: read_record(path) for name, path in files.items() if name in _REDACTED}
 
 
 def _check_safetensors(path: Path) -> None:

@@ -1,6 +1,7 @@
-"""A run folder -> its model card, from the folder's JSON files alone: no model is loaded, nothing is measured."""
+"""The records of a run -> its model card: no model is loaded, nothing is measured, no file is read."""
 
 from hf_ihb.model_card.body import render_card
+from hf_ihb.model_card.files import RunFiles, run_files
 from hf_ihb.model_card.header import CardOptions, card_data
 
-__all__ = ["CardOptions", "card_data", "render_card"]
+__all__ = ["CardOptions", "RunFiles", "card_data", "render_card", "run_files"]

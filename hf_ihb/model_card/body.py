@@ -12,14 +12,24 @@ from typing import Any, Unpack
 
 from jinja2 import Environment, StrictUndefined
 
+from hf_ihb.config.names import LOCAL_PREFIX
 from hf_ihb.errors import DataError
 from hf_ihb.methods.cka import CKA
 from hf_ihb.model_card import evidence, training
-from hf_ihb.model_card.files import CONFIG_FILE, PROCESSOR_FILE, WEIGHTS_FILE, RunFiles, read_run
-from hf_ihb.model_card.header import CardOptions, answering_accuracy, header_of, title_of
+from hf_ihb.model_card.files import RunFiles
+from hf_ihb.model_card.header import CardOptions, answering_accuracy, card_data, title_of
 from hf_ihb.model_card.markdown import EMPTY, Markdown, code, listing, table, to_markdown, visible
-from hf_ihb.records import ANALYSIS_FILE, EVALUATION_FILE, HISTORY_FILE, METRICS_FILE, PLOTS, RECIPE_FILE
-from hf_ihb.redaction import LOCAL_PREFIX
+from hf_ihb.runs.folder import (
+    ANALYSIS_FILE,
+    CONFIG_FILE,
+    EVALUATION_FILE,
+    HISTORY_FILE,
+    METRICS_FILE,
+    PLOTS,
+    PROCESSOR_FILE,
+    RECIPE_FILE,
+    WEIGHTS_FILE,
+)
 
 # Class of the model -> what it is, and how it answers.
 _ARCHITECTURES = {
@@ -67,27 +77,25 @@ _FILES = {
 }
 
 
-def render_card(folder: Path, **options: Unpack[CardOptions]) -> str:
+def render_card(run: RunFiles, **options: Unpack[CardOptions]) -> str:
     """The text of a run's README.md.
 
     Args:
-        folder: Run folder; what it lacks beside ``recipe.json`` is left out of the card.
+        run: What its files say; what it lacks beside ``recipe.json`` is left out of the card.
         **options: See `CardOptions`.
 
     Returns:
         YAML header and Markdown body; the same files give the same text.
 
     Raises:
-        DataError: If ``recipe.json`` is missing, a file is not the JSON it should be, results are of different weights,
-            or an option is not the Hub id it should be.
+        DataError: If a file is not what its name says, or an option is not the Hub id it should be.
     """
-    run = read_run(folder)
     try:
-        header, body = header_of(run, **options).to_yaml(), _body(run, options)
+        header, body = card_data(run, **options).to_yaml(), _body(run, options)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise DataError(
-            f"{folder}: expected the records that hf_ihb writes, found something else ({reason})"
+            f"{run.folder}: expected the records that hf_ihb writes, found something else ({reason})"
         ) from error
     return f"---\n{header}\n---\n\n{body.strip()}\n"
 

@@ -1,9 +1,8 @@
-"""The JSON files of a run folder, as they may be shown to anyone."""
+"""What the files of a run folder say, as a card needs it."""
 
-import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +15,18 @@ from hf_ihb.config.model import ModelArguments, TeacherArguments
 from hf_ihb.config.run import RunArguments
 from hf_ihb.errors import DataError
 from hf_ihb.methods import Method, methods_of
-from hf_ihb.records import ANALYSIS_FILE, EVALUATION_FILE, HISTORY_FILE, METRICS_FILE, PLOTS, RECIPE_FILE
-from hf_ihb.redaction import publishable
+from hf_ihb.runs.folder import (
+    ANALYSIS_FILE,
+    CONFIG_FILE,
+    EVALUATION_FILE,
+    METRICS_FILE,
+    PLOTS,
+    PROCESSOR_FILE,
+    RECIPE_FILE,
+    RECORDS,
+    WEIGHTS_FILE,
+)
 from hf_ihb.trainer.arguments import DistillationTrainingArguments, SupervisedTrainingArguments, keys_today
-
-CONFIG_FILE, PROCESSOR_FILE, WEIGHTS_FILE = "config.json", "preprocessor_config.json", "model.safetensors"
-_OBJECTS = (RECIPE_FILE, CONFIG_FILE, PROCESSOR_FILE, EVALUATION_FILE, METRICS_FILE, ANALYSIS_FILE)
 
 
 @dataclass(frozen=True)
@@ -29,14 +34,19 @@ class RunFiles:
     """What the files of a run folder say.
 
     Attributes:
-        name: Of the folder.
+        folder: Of the run.
         listed: Files of the folder that a card may link to, in the order they are listed.
         contents: File name -> parsed JSON, without names of this machine.
     """
 
-    name: str
+    folder: Path
     listed: tuple[str, ...]
     contents: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of the folder."""
+        return self.folder.resolve().name
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -119,44 +129,26 @@ def defaults_of(dataclass_type: type) -> dict[str, Any]:
     return made | {f.name: f.default for f in fields(dataclass_type) if f.default is not MISSING}
 
 
-def read_run(folder: Path) -> RunFiles:
-    """Reads the JSON files of a run folder.
+def run_files(folder: Path, names: Collection[str], contents: Mapping[str, Any]) -> RunFiles:
+    """What a card says of a run.
+
+    Args:
+        folder: Of the run.
+        names: Files of it that go with the card.
+        contents: What the JSON files among them hold, as it may be shown to anyone.
 
     Raises:
-        DataError: If the recipe is missing, a file is not the JSON it should be, or results are of different weights.
+        DataError: If results are of different weights.
     """
-    contents = {}
-    for name in (*_OBJECTS, HISTORY_FILE):
-        if (folder / name).is_file() or name == RECIPE_FILE:
-            contents[name] = _parsed(folder / name, dict if name in _OBJECTS else list)
-    if absent := [name for name in ("keys", "dataset", "teacher", "environment") if name not in contents[RECIPE_FILE]]:
-        raise DataError(f"{folder / RECIPE_FILE}: expected '{absent[0]}', found {', '.join(contents[RECIPE_FILE])}")
-    models = [contents[name].get("model") or {} for name in (METRICS_FILE, ANALYSIS_FILE) if name in contents]
-    digests = {model.get("weights_sha256") for model in models}
-    if len(digests) > 1:
+    models = [contents[name]["model"] for name in (METRICS_FILE, ANALYSIS_FILE) if name in contents]
+    if len({model.get("weights_sha256") for model in models}) > 1:
         raise DataError(
             f"{folder}: expected {METRICS_FILE} and {ANALYSIS_FILE} of the same weights, found different ones; make "
             "them again"
         )
-    code = sorted(path.name for path in folder.glob("*.py"))
-    records = (RECIPE_FILE, HISTORY_FILE, EVALUATION_FILE, METRICS_FILE, ANALYSIS_FILE)
-    listed = (CONFIG_FILE, *code, WEIGHTS_FILE, PROCESSOR_FILE, *records, *PLOTS)
-    return RunFiles(
-        name=folder.resolve().name,
-        listed=tuple(name for name in listed if (folder / name).is_file()),
-        contents=publishable(contents),
-    )
-
-
-def _parsed(path: Path, kind: type) -> Any:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: expected a JSON file, found {' '.join(str(error).split())}") from error
-    if not isinstance(content, kind):
-        expected = "an object" if kind is dict else "a list"
-        raise DataError(f"{path}: expected {expected} in JSON, found {type(content).__name__}")
-    return content
+    code = sorted(name for name in names if name.endswith(".py"))
+    order = (CONFIG_FILE, *code, WEIGHTS_FILE, PROCESSOR_FILE, *RECORDS, *PLOTS)
+    return RunFiles(folder, tuple(name for name in order if name in names), contents)
 
 
 def is_hub_id(name: str) -> bool:

@@ -1,14 +1,13 @@
 """The YAML header of a card: what the Hub files a model under, and its results as numbers."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from hf_ihb.config.names import LOCAL_PREFIX
 from hf_ihb.errors import DataError
-from hf_ihb.model_card.files import RunFiles, is_hub_id, is_number, read_run
-from hf_ihb.redaction import LOCAL_PREFIX
+from hf_ihb.model_card.files import RunFiles, is_hub_id, is_number
 
 TASK = "image-classification"
 
@@ -35,24 +34,7 @@ class CardOptions(TypedDict, total=False):
     language: str | None
 
 
-def card_data(folder: Path, **options: Unpack[CardOptions]) -> ModelCardData:
-    """The header of a run's card.
-
-    Args:
-        folder: Run folder.
-        **options: See `CardOptions`.
-
-    Returns:
-        With one model-index entry where there are results: the accuracy of the head that the model answers with, and
-        the mean attention distance of each layer, in patches; floats as they stand in the JSON files.
-
-    Raises:
-        DataError: As `render_card`.
-    """
-    return header_of(read_run(folder), **options)
-
-
-def header_of(
+def card_data(
     run: RunFiles,
     *,
     repo_id: str | None = None,
@@ -63,7 +45,25 @@ def header_of(
     datasets: Sequence[str] = (),
     language: str | None = None,
 ) -> ModelCardData:
-    """The header of files that are read already; arguments as in `CardOptions`."""
+    """The header of a run's card.
+
+    Args:
+        run: What its files say.
+        repo_id: See `CardOptions`, and so for the others.
+        license: See there.
+        tags: See there.
+        model_name: See there.
+        base_model: See there.
+        datasets: See there.
+        language: See there.
+
+    Returns:
+        With one model-index entry where there are results: the accuracy of the head that the model answers with, and
+        the mean attention distance of each layer, in patches; floats as they stand in the JSON files.
+
+    Raises:
+        DataError: If an option is not the Hub id it should be.
+    """
     if wrong := [name for name in (base_model, *datasets) if name is not None and not is_hub_id(name)]:
         raise DataError(f"model card: expected Hub ids as base_model and datasets, found '{wrong[0]}'")
     started_from = run.keys["model_name_or_path"]

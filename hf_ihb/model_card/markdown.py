@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from hf_ihb.report import markdown_table
+from hf_ihb.runs.tables import markdown_table
 
 _LONGEST = 120
 # Characters that act on the text around them or that nobody sees: control, format (bidi marks), surrogates, separators.

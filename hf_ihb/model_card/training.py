@@ -5,11 +5,11 @@ from typing import Any
 
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.config.fields import flaws_among
+from hf_ihb.config.names import LOCAL_PREFIX
 from hf_ihb.methods import METHODS
 from hf_ihb.model_card.files import RunFiles, defaults_of, is_hub_id, is_number
 from hf_ihb.model_card.markdown import EMPTY, Markdown, counted, percent
-from hf_ihb.records import HISTORY_FILE
-from hf_ihb.redaction import LOCAL_PREFIX
+from hf_ihb.runs.folder import HISTORY_FILE
 from hf_ihb.trainer.arguments import SupervisedTrainingArguments
 
 _CONTROLS = {"none": "", "untrained": "its weights drawn anew", "shuffled": "shown another image of the batch"}

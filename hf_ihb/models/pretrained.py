@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -24,11 +23,12 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 import hf_ihb.models.timm_cifar  # noqa: F401  registers resnet18_cifar
 from hf_ihb.access import fetch_file, resolve_commit
 from hf_ihb.config.data import DataArguments
-from hf_ihb.errors import ModelLoadError, TeacherMismatchError
+from hf_ihb.errors import DataError, ModelLoadError, TeacherMismatchError
 from hf_ihb.models.files import UNREADABLE, model_files
 from hf_ihb.models.processing import PixelFormat, pixel_format
 from hf_ihb.models.student import absent_weights, init_tokens
-from hf_ihb.records import RECIPE_FILE
+from hf_ihb.runs.files import read_json
+from hf_ihb.runs.folder import RECIPE_FILE
 
 # Parts of a backbone that blocks do not use: a checkpoint of another head may lack them.
 _UNUSED_BY_BLOCKS = ("pooler", "mask_token")
@@ -193,11 +193,12 @@ def data_defaults(name: str, revision: str | None = None) -> dict[str, Any]:
     if path is None or not path.is_file():
         return pinned
     try:
-        saved = json.loads(path.read_text("utf-8"))["keys"]
-        return {f.name: saved[f.name] for f in fields(DataArguments) if f.name in saved} | pinned
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelLoadError(f"model '{name}': its {RECIPE_FILE} could not be read: {reason}") from error
+        saved = read_json(path).get("keys")
+        if not isinstance(saved, dict):
+            raise DataError(f"{path}: key 'keys': expected an object, found {type(saved).__name__}")
+    except DataError as error:
+        raise ModelLoadError(f"model '{name}': its {RECIPE_FILE} could not be read: {error}") from error
+    return {f.name: saved[f.name] for f in fields(DataArguments) if f.name in saved} | pinned
 
 
 def label_permutation(config: Any, names: Sequence[str], who: str, assume_same_order: bool = False) -> Tensor | None:

@@ -12,11 +12,13 @@ from huggingface_hub import HfApi
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
+from hf_ihb.config.names import LOCAL_PREFIX
+from hf_ihb.config.secrets import is_token_key
 from hf_ihb.errors import HfIhbError, HubPushError
-from hf_ihb.hub import again, push_staged, stage_run
-from hf_ihb.model_card import render_card
-from hf_ihb.records import CARD_FILE, HISTORY_FILE, RECIPE_FILE, environment, write_json
-from hf_ihb.redaction import LOCAL_PREFIX
+from hf_ihb.hub import again, push_staged, run_card, stage_run
+from hf_ihb.runs.environment import environment
+from hf_ihb.runs.files import write_json
+from hf_ihb.runs.folder import CARD_FILE, HISTORY_FILE, RECIPE_FILE
 
 logger = logging.get_logger(__name__)
 
@@ -39,7 +41,7 @@ def resolved_recipe(
     keys: dict[str, Any] = {}
     for instance in arguments:
         own = instance.to_dict() if isinstance(instance, TrainingArguments) else vars(instance)
-        keys |= {f.name: own.get(f.name) for f in fields(instance) if not f.name.endswith("_token")}
+        keys |= {f.name: own.get(f.name) for f in fields(instance) if not is_token_key(f.name)}
     teacher = getattr(trainer, "teacher", None)
     return {
         "recipe": None if recipe is None else str(recipe),
@@ -72,7 +74,7 @@ class Publishing:
         """Brings the run's records up to date, and its card with them.
 
         Args:
-            **card: As `render_card` takes it; holds for later pushes as well.
+            **card: Options of the card; they hold for later pushes as well.
         """
         trainer, run = self.trainer, self._run
         run.mkdir(parents=True, exist_ok=True)
@@ -81,7 +83,7 @@ class Publishing:
             write_json(run / RECIPE_FILE, resolved_recipe(trainer, known, dataset=self._dataset()))
         write_json(run / HISTORY_FILE, trainer.state.log_history)
         self._card = card
-        (run / CARD_FILE).write_text(render_card(run, repo_id=trainer.hub_model_id, **card), "utf-8")
+        (run / CARD_FILE).write_text(run_card(run, repo_id=trainer.hub_model_id, **card), "utf-8")
 
     def _dataset(self) -> dict[str, Any]:
         """What a trainer knows of data that was handed to it."""

@@ -32,7 +32,7 @@ from hf_ihb.data.placement import readable_bytes, readable_seconds, rows_onto
 from hf_ihb.errors import CacheError
 from hf_ihb.functional.gram import TokenGram, gram_width, pack_gram, unpack_gram
 from hf_ihb.models.teacher import Teacher
-from hf_ihb.records import write_json
+from hf_ihb.runs.files import write_json
 
 FORMAT = 1
 BLOCK_ROWS = 512

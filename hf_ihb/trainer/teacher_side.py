@@ -18,7 +18,7 @@ from hf_ihb.functional.tokens import pool_tokens, standardize_tokens
 from hf_ihb.methods import Method
 from hf_ihb.models.correspondence import Correspondence
 from hf_ihb.models.features import FeatureMap
-from hf_ihb.records import library_versions
+from hf_ihb.runs.environment import library_versions
 from hf_ihb.step import Preparation, Step, TeacherOutputs, TeacherTokens, Views
 from hf_ihb.trainer.arguments import tokens_because
 from hf_ihb.trainer.compiling import compiled

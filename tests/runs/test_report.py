@@ -1,6 +1,6 @@
 import pytest
 
-from hf_ihb.report import learned_from
+from hf_ihb.runs.report import learned_from
 
 WEIGHTS = {f"{name}_weight": 0.0 for name in ("cka", "gram", "token", "relation")}
 
