@@ -137,3 +137,25 @@ def newest_checkpoint(output_dir: str | Path) -> Path | None:
     ]
     complete = [(step, path) for step, path in found if (path / TRAINER_STATE_NAME).is_file()]
     return max(complete)[1] if complete else None
+
+
+def checkpoint_to_resume(asked: str | bool | None, output_dir: str | Path) -> str | None:
+    """The checkpoint that a training goes on from.
+
+    Args:
+        asked: Its folder; ``True`` for the newest complete one, nothing for none.
+        output_dir: Folder of the checkpoints.
+
+    Raises:
+        CheckpointError: If it is not there, or not complete.
+    """
+    if not asked:
+        return None
+    if asked is not True:
+        if not Path(asked, TRAINER_STATE_NAME).is_file():
+            raise CheckpointError(f"{asked}: expected a complete checkpoint, found no {TRAINER_STATE_NAME}")
+        return str(asked)
+    newest = newest_checkpoint(output_dir)
+    if newest is None:
+        raise CheckpointError(f"{output_dir}: expected a complete checkpoint to resume, found none")
+    return str(newest)

@@ -327,6 +327,7 @@ def test_a_batch_equals_its_items(split):
     indices = [3, 0, 39, 3]
     batch, items = collate_images(split.__getitems__(indices)), [split[i] for i in indices]
     assert batch.pop("rows").tolist() == indices
+    assert batch.pop("split") == split.key
     assert batch.keys() == items[0].keys() == {"pixel_values", "labels", "index"}
     for i, item in enumerate(items):
         assert torch.equal(batch["pixel_values"][i], item["pixel_values"])

@@ -24,7 +24,6 @@ from hf_ihb.models.pretrained import load_pretrained
 from hf_ihb.models.student import build_student
 from hf_ihb.redaction import publishable
 from hf_ihb.trainer.arguments import (
-    LogitDistillationTrainingArguments,
     StructuralDistillationTrainingArguments,
     SupervisedTrainingArguments,
 )
@@ -504,7 +503,9 @@ def test_a_control_says_so_first(make_run, control, phrase):
 
 def test_what_the_loss_was_is_said(make_run):
     files = records()
-    files["recipe.json"]["keys"] |= {"method": "logits", "alpha": 0.75, "temperature": 3.0, "distillation_type": "soft"}
+    files["recipe.json"]["keys"] |= {
+        "method": "logits", "alpha": 0.75, "temperature": 3.0, "distillation_type": "soft", "cka_weight": 0.0,
+    }  # fmt: skip
     text = run_card(make_run(files))
     assert "by soft logit distillation at temperature 3." in text
     assert "cross-entropy on the labels (weight 0.25)" in text
@@ -514,7 +515,9 @@ def test_what_the_loss_was_is_said(make_run):
     text = run_card(make_run(files))
     assert "by hard logit distillation." in text
     assert "1503.02531" not in text
-    files["recipe.json"]["keys"] |= {"method": "structural", "token_weight": 0.5}
+    files["recipe.json"]["keys"] |= {"cka_weight": 1.0, "token_weight": 0.5}
+    assert "by hard logit distillation and CKA + token losses between layers." in run_card(make_run(files))
+    files["recipe.json"]["keys"] |= {"method": "structural", "alpha": 0.0}
     text = run_card(make_run(files))
     assert "by CKA + token losses between layers." in text
     assert "0 with 5, 1 with 11 (student's with teacher's, from 0)" in text
@@ -620,7 +623,6 @@ def flawed_cases():
         TeacherArguments,
         SupervisedTrainingArguments,
         StructuralDistillationTrainingArguments,
-        LogitDistillationTrainingArguments,
     ):
         for field in dataclasses.fields(arguments):
             for value in field.metadata.get("published", {}):
@@ -631,8 +633,6 @@ def flawed_cases():
 def test_flaws_of_the_published_study_are_named_as_a_run_names_them(make_run, arguments, name, value):
     files = records()
     assert "Flaws of the published study" not in run_card(make_run(files))
-    if arguments is LogitDistillationTrainingArguments:
-        files["recipe.json"]["keys"]["method"] = "logits"
     files["recipe.json"]["keys"][name] = value
     text = plain(run_card(make_run(files)))
     instance = object.__new__(arguments)
@@ -795,7 +795,7 @@ def with_names(name):
     recipe["dataset"] |= {"name": name, "revision": None, "label_names": [name, name]}
     recipe["teacher"] = {"name": name, "revision": None}
     recipe["keys"] |= {"dataset_name": name, "dataset_config_name": name, "teacher_model": name}
-    recipe["keys"] |= {"model_name_or_path": name, "lr_scheduler_type": name, "optim": name, "cka_kernel": name}
+    recipe["keys"] |= {"model_name_or_path": name, "lr_scheduler_type": name, "optim": name}
     recipe["environment"] = ENVIRONMENT | {
         "device": name,
         "commit": name,

@@ -62,7 +62,7 @@ SMALL_STUDENT = {"mlp_ratio": 2.0, "conv_stem": True, "cls_token_dropout": 0.1}
 SOFT = {
     "method": "logits", "distillation_type": "soft", "temperature": 4.0, "alpha": 0.5, "alpha_schedule": "constant",
     "distillation_warmup_epochs": 5, "distillation_warmup_type": "step", "distilled_heads": "distillation",
-    "teacher_view": "identical",
+    "teacher_logits_view": "identical",
 }  # fmt: skip
 DINO = {
     "method": "structural", "teacher_model": "facebook/dinov2-small", "teacher_image_size": 224, "teacher_norm": True,

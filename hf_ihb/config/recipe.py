@@ -196,22 +196,6 @@ def recipe_path(argv: Sequence[str]) -> Path:
     return path
 
 
-def peek(argv: Sequence[str], name: str, choices: Sequence[str]) -> str:
-    """Value of one key before the dataclasses are known, the command line first.
-
-    Raises:
-        RecipeError: If the key is missing or not one of `choices`.
-    """
-    path = recipe_path(argv)
-    origin, value = str(path), read_recipe(path).get(name)
-    for i, token in enumerate(argv):
-        if token.split("=")[0] == f"--{name}":
-            origin, value = "command line", token.partition("=")[2] or next(iter(argv[i + 1 :]), None)
-    if not isinstance(value, str) or value not in choices:
-        raise RecipeError(f"{origin}: key '{name}': expected one of {', '.join(choices)}, found {shown(value)}")
-    return value
-
-
 def read_recipe(path: Path) -> dict[str, Any]:
     """A recipe file as a dictionary.
 

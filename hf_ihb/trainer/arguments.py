@@ -264,8 +264,8 @@ def keys_today(keys: Mapping[str, Any]) -> dict[str, Any]:
     keys = dict(keys)
     if keys.get("method") == "logits" and "teacher_logits_view" not in keys:
         keys["teacher_logits_view"], keys["teacher_view"] = keys.get("teacher_view", "identical"), "shared"
-    if keys.get("method") == "structural":
-        keys.setdefault("alpha", 0.0)
+    if keys.get("alpha") is None:
+        keys["alpha"] = 0.5 if keys.get("method") == "logits" else 0.0
     return keys
 
 

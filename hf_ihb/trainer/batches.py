@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_ihb.augment import Augmenter, class_targets
 from hf_ihb.config.augmentation import AugmentationArguments
@@ -142,6 +142,16 @@ class Batches:
         return onto(device, rows), rows_onto(device, split.images, rows), rows_onto(device, split.labels, rows)
 
 
+@contextlib.contextmanager
+def placed_images(trainer: Trainer, placed: Any) -> Iterator[None]:
+    """The training set where it is kept, while `Trainer` makes a loader of it; it takes no other than its own."""
+    dataset, trainer.train_dataset = trainer.train_dataset, placed
+    try:
+        yield
+    finally:
+        trainer.train_dataset = dataset
+
+
 def without_host_values(collate: Callable) -> Callable:
     """A collator whose batches hold tensors alone, as the main process can hand them out to the others."""
 
@@ -150,3 +160,15 @@ def without_host_values(collate: Callable) -> Callable:
         return {name: value for name, value in collate(batch).items() if name not in ("rows", "split")}
 
     return collated
+
+
+def first_batch(images: Any, collate: Callable) -> dict[str, Any]:
+    """A batch of one image, to see shapes with.
+
+    Raises:
+        DataError: If there are no images.
+    """
+    if images is None:
+        raise DataError("expected a train_dataset or eval_dataset to read the image size off, found none")
+    images = next(iter(images.values())) if isinstance(images, dict) else images
+    return collate([images[0]])

@@ -37,18 +37,77 @@ class HubCalls:
             )
             trainer.push_in_progress = None
 
+    def make_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Renders the card from the run's files, which know task and splits by themselves.
+
+        Args:
+            language: Of the data, where it has one.
+            license: Of the model; that of the run if None.
+            tags: Added to the card's own.
+            model_name: Title of the card.
+            finetuned_from: What the run started from, if None.
+            tasks: Not used.
+            dataset_tags: Hub ids of data sets, where no recipe names one.
+            dataset: Likewise, where there are no `dataset_tags`.
+            dataset_args: Not used.
+        """
+        self.publishing.write_card(
+            language=language,
+            license=license,
+            tags=_listed(tags),
+            model_name=model_name,
+            base_model=finetuned_from,
+            datasets=_listed(dataset_tags) or _listed(dataset),
+        )
+
     def push(
-        self, commit_message: str, blocking: bool, token: str | None, revision: str | None, private: bool | None
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
     ) -> Any:
-        """Pushes the run as it lies in its folder, on the main process.
+        """Saves the student, renders its card, and pushes the run in one commit.
+
+        Args:
+            commit_message: Of the commit.
+            blocking: Whether to wait for it.
+            token: To push with; the one in force if None.
+            revision: Branch; `hub_revision` if None.
+            private: Whether a repo that has to be made is private; `hub_private_repo` if None.
+            **card: What `make_card` takes.
 
         Returns:
-            The commit, a `Future` of it if not `blocking`.
+            The commit, a `Future` of it if not `blocking`; None on other processes than the main one.
+
+        Raises:
+            HubPushError: If it fails; the run is where it was, and the message says how to push again.
         """
-        args = self.trainer.args
+        trainer, args = self.trainer, self.trainer.args
+        trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
+        token = token or args.hub_token
+        if trainer.hub_model_id is None:
+            self.make_repo(token, private)
+        trainer.save_model(_internal_call=True)
+        if not trainer.is_world_process_zero():
+            return None
+        self.make_card(**card)
         self.finish()
         return self.publishing.push(
-            commit_message=commit_message,
+            commit_message=commit_message or "End of training",
             blocking=blocking,
             token=token,
             private=args.hub_private_repo if private is None else private,
@@ -88,3 +147,7 @@ class HubCalls:
         if getattr(trainer, "push_in_progress", None) is not None:
             self.publishing.report_failures(trainer.push_in_progress.jobs)
             trainer.push_in_progress = None
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])

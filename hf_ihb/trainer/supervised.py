@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
 from hf_ihb.augment import class_targets
-from hf_ihb.checkpoint import load_module, newest_checkpoint, save_module
+from hf_ihb.checkpoint import checkpoint_to_resume, load_module, save_module
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.data import collate_images
-from hf_ihb.errors import CheckpointError, DataError, RecipeError
+from hf_ihb.errors import DataError
 from hf_ihb.functional.logits import task_loss
 from hf_ihb.models.module import StudentModule
 from hf_ihb.models.processing import pixel_format
@@ -26,9 +26,10 @@ from hf_ihb.models.student import input_size
 from hf_ihb.step import Step, StudentOutput
 from hf_ihb.trainer.arguments import SupervisedTrainingArguments
 from hf_ihb.trainer.averaging import Averaging
-from hf_ihb.trainer.batches import Batches, without_host_values
+from hf_ihb.trainer.batches import Batches, first_batch, placed_images, without_host_values
 from hf_ihb.trainer.callbacks import EarlyStopping, Hooks
 from hf_ihb.trainer.evaluating import EvaluationMetrics, image_scores
+from hf_ihb.trainer.fitting import fit_batch_norms, lay_out
 from hf_ihb.trainer.hub_calls import HubCalls
 from hf_ihb.trainer.loss_log import LossLog
 from hf_ihb.trainer.optimization import decayed_parameters, optimizer_settings
@@ -82,7 +83,7 @@ class SupervisedTrainer(Trainer):
         images = train_dataset if train_dataset is not None else eval_dataset
 
         def wrap(student: Any) -> StudentModule:
-            return self._module(student, args, lambda: _first_batch(images, data_collator))
+            return self._module(student, args, lambda: first_batch(images, data_collator))
 
         if (model_init := kwargs.pop("model_init", None)) is not None:
             takes_trial = len(inspect.signature(model_init).parameters) > 0
@@ -97,7 +98,7 @@ class SupervisedTrainer(Trainer):
             **kwargs,
         )
         args.set_float32_precision()
-        self._autocasts = self._fit_batch_norms()
+        self._autocasts = fit_batch_norms(self)
         # our losses are means over a micro-batch; saying so makes 8 x 4 images equal 32 x 1
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
@@ -144,32 +145,9 @@ class SupervisedTrainer(Trainer):
             batches.pixels = batches.pixels._replace(size=input_size(student) or self._pixels.size)
         return StudentModule(student)
 
-    def _fit_batch_norms(self) -> bool:
-        """Whether the student runs under autocast, though FSDP2 casts its weights.
-
-        FSDP2 casts the weights of a BatchNorm and not its statistics, which torch refuses together.
-        """
-        statistics = any(isinstance(part, nn.modules.batchnorm._NormBase) for part in self.model.modules())
-        if statistics and self.is_deepspeed_enabled and self.accelerator.mixed_precision != "no":
-            raise RecipeError(
-                "expected a student without BatchNorm under DeepSpeed, which leaves statistics in float32 beside half "
-                "weights, found one with it; take recipes/accelerate/ddp.yaml, or --mixed_precision no"
-            )
-        if not (statistics and self.accelerator.is_fsdp2):
-            return False
-        self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
-        return True
-
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        """As `Trainer._move_model_to_device`, which is not for sharded models.
-
-        Weights of convolutions that look beside their own place get the layout they run fastest in; a ViT's patches
-        are cut by one that does not.
-        """
-        super()._move_model_to_device(model, device)
-        convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-        if any(size > step for m in convolutions for size, step in zip(m.kernel_size, m.stride, strict=True)):
-            model.to(memory_format=torch.channels_last)
+        super()._move_model_to_device(model, device)  # not called for sharded models
+        lay_out(model)
 
     # ---- Training ----
 
@@ -180,16 +158,8 @@ class SupervisedTrainer(Trainer):
             CheckpointError: If there is none, or it does not hold every tensor of the model.
             NumericsError: If the loss is not finite; the optimizer has not stepped on it.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise CheckpointError(f"{self.args.output_dir}: expected a complete checkpoint to resume, found none")
-            resume_from_checkpoint = str(resume_from_checkpoint)
-        elif resume_from_checkpoint and not Path(resume_from_checkpoint, "trainer_state.json").is_file():
-            raise CheckpointError(
-                f"{resume_from_checkpoint}: expected a complete checkpoint, found no trainer_state.json"
-            )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        folder = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        return super().train(resume_from_checkpoint=folder, **kwargs)
 
     def _begin_training(self) -> None:
         self.loss_log.reset()
@@ -320,16 +290,12 @@ class SupervisedTrainer(Trainer):
         Raises:
             DataError: If there are fewer images than one batch.
         """
-        dataset = self.train_dataset
-        try:
-            self.train_dataset = self.batches.place(dataset)
-            with self.batches.loading(self.train_dataset):
-                loader = super().get_train_dataloader()
-        finally:
-            self.train_dataset = dataset
-        if hasattr(self.train_dataset, "__len__") and len(loader) == 0:
+        placed = self.batches.place(self.train_dataset)
+        with self.batches.loading(placed), placed_images(self, placed):
+            loader = super().get_train_dataloader()
+        if hasattr(placed, "__len__") and len(loader) == 0:
             batch = self._train_batch_size * self.args.world_size
-            raise DataError(f"0 steps: {len(self.train_dataset)} training images do not fill one batch of {batch}")
+            raise DataError(f"0 steps: {len(placed)} training images do not fill one batch of {batch}")
         return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -412,85 +378,20 @@ class SupervisedTrainer(Trainer):
         else:
             self._averaging.load_best(Path(self.state.best_model_checkpoint))
 
-    # ---- Hub ----
+    # ---- Hub: `HubCalls` says what each takes and raises ----
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """As `Trainer.init_hf_repo`: the repo is there, and may be written to, before training starts.
-
-        Raises:
-            HubPushError: If not, in one line.
-        """
+        """Makes the repo, and sees that it may be written to, before training starts."""
         self._hub_calls.make_repo(token, private)
 
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-    ) -> None:
-        """As `Trainer.create_model_card`, but rendered from the run's files, which know task and splits by themselves.
-
-        Args:
-            language: As in `Trainer`, like `tags` and `model_name`.
-            license: That of the run if None.
-            tags: Added to the card's own.
-            model_name: Title of the card.
-            finetuned_from: What the run started from if None.
-            tasks: Not used.
-            dataset_tags: Hub ids of data sets, where no recipe names one.
-            dataset: As `dataset_tags`.
-            dataset_args: Not used.
-        """
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Renders the card from the run's files."""
         if self.is_world_process_zero():
-            self._publishing.write_card(
-                language=language,
-                license=license,
-                tags=_listed(tags),
-                model_name=model_name,
-                base_model=finetuned_from,
-                datasets=_listed(dataset_tags) or _listed(dataset),
-            )
+            self._hub_calls.make_card(*args, **kwargs)
 
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As `Trainer.push_to_hub`: the student, its processor, card, plots and records in one commit.
-
-        Args:
-            commit_message: As in `Trainer`.
-            blocking: As in `Trainer`.
-            token: As in `Trainer`.
-            revision: As in `Trainer`.
-            private: As in `Trainer`.
-            **kwargs: As `create_model_card` takes them.
-
-        Returns:
-            The commit, a `Future` of it if not `blocking`; None on other processes than the main one.
-
-        Raises:
-            HubPushError: If it fails; the run is where it was, and the message says how to push again.
-        """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        token = token or self.args.hub_token
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self.create_model_card(**kwargs)
-        return self._hub_calls.push(commit_message or "End of training", blocking, token, revision, private)
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Pushes the student, its processor, card, plots and records in one commit."""
+        return self._hub_calls.push(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.is_world_process_zero():
@@ -498,14 +399,3 @@ class SupervisedTrainer(Trainer):
 
     def _finish_current_push(self) -> None:
         self._hub_calls.finish()
-
-
-def _first_batch(images: Any, collate: Callable) -> dict[str, Any]:
-    if images is None:
-        raise DataError("expected a train_dataset or eval_dataset to read the image size off, found none")
-    images = next(iter(images.values())) if isinstance(images, dict) else images
-    return collate([images[0]])
-
-
-def _listed(value: str | list[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or [])

@@ -15,7 +15,7 @@ from hf_ihb.config.data import DataArguments
 from hf_ihb.config.fields import TRAINING_RANGES
 from hf_ihb.config.measure import AnalysisArguments, EvaluationArguments
 from hf_ihb.config.model import ModelArguments, TeacherArguments
-from hf_ihb.config.recipe import MAX_RECIPE_BYTES, parse_models, parse_recipe, peek, read_recipe, recipe_path
+from hf_ihb.config.recipe import MAX_RECIPE_BYTES, parse_models, parse_recipe, read_recipe, recipe_path
 from hf_ihb.config.run import RunArguments
 from hf_ihb.errors import RecipeError
 from hf_ihb.trainer.arguments import (
@@ -216,7 +216,7 @@ def test_a_key_given_twice_is_refused():
         ("student_layers", [1, "2"], "expected a list, each item an integer >= 0, found [1, \"2\"]"),
         ("student_layers", [True], "expected a list, each item an integer >= 0, found [true]"),
         ("cka_scope", "token", "expected one of tokens, pooled, images, found \"token\""),
-        ("method", "logits", "expected one of structural, found \"logits\""),
+        ("method", "magic", "expected one of logits, structural, found \"magic\""),
         ("output_dir", 5, "expected a string, found 5"),
         ("dataset_name", ["a"], "expected a string, found [\"a\"]"),
         ("dataset_name", {}, "expected a string, found {}"),
@@ -392,7 +392,7 @@ def test_a_secret_within_a_value_or_a_key_of_a_recipe_is_refused_and_not_shown()
 
 def test_no_secret_is_shown_before_the_method_is_known():
     with pytest.raises(RecipeError, match="command line: key 'method': expected no secret") as error:
-        peek([write({}), "--method", "hf_" + "b" * 34], "method", METHODS)
+        parse({}, "--method", "hf_" + "b" * 34, classes=DISTILL["structural"])
     assert "bbbb" not in str(error.value)
 
 
@@ -457,32 +457,6 @@ def test_leftovers_on_the_command_line_are_refused(cli):
     assert refusal({}, *cli).startswith("command line: ")
 
 
-# ---- peek ----
-
-
-def test_peek_reads_one_key_the_command_line_first():
-    path = write({"method": "logits"})
-    assert peek([path], "method", METHODS) == "logits"
-    assert peek([path, "--method", "structural"], "method", METHODS) == "structural"
-    assert peek([path, "--method=structural"], "method", METHODS) == "structural"
-
-
-@pytest.mark.parametrize("value", ["magic", None, 3, ["logits"], {"logits": 1}])
-def test_peek_refuses_what_is_no_choice(value):
-    with pytest.raises(RecipeError, match=r"recipe\.json: key 'method': expected one of logits, structural, found"):
-        peek([write({"method": value})], "method", METHODS)
-
-
-def test_peek_refuses_a_missing_key_and_names_the_command_line():
-    with pytest.raises(RecipeError, match="key 'method': expected one of logits, structural, found null"):
-        peek([write({})], "method", METHODS)
-    with pytest.raises(RecipeError, match=r"command line: key 'method': .*found \"magic\""):
-        peek([write({"method": "logits"}), "--method", "magic"], "method", METHODS)
-
-
-# ---- --help ----
-
-
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 @pytest.mark.parametrize("method", METHODS)
 def test_help_lists_every_key_with_its_text_and_its_range(method, flag, capsys, monkeypatch):
@@ -527,7 +501,7 @@ def test_the_ranges_of_transformers_keys_name_keys_that_exist():
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.json")), ids=lambda p: "-".join(p.parts[-2:]))
 def test_every_shipped_recipe_parses(path):
     recipe = read_recipe(path)
-    classes = DISTILL[peek([str(path)], "method", METHODS)] if "method" in recipe else TRAIN
+    classes = DISTILL[recipe["method"]] if "method" in recipe else TRAIN
     values = as_values(parse_recipe([str(path)], *classes))
     for name, value in recipe.items():
         assert values[name] == value or name in ("lr_scheduler_type", "report_to", "eval_strategy", "save_strategy")

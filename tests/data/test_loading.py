@@ -76,8 +76,9 @@ def assert_same(split, expected):
     for some in (range(len(split)), [2, 0, len(split) - 1, 0], torch.tensor([1])):
         batch = split.__getitems__(some)
         assert batch.keys() == everything.keys()
-        chosen = {name: torch.as_tensor(everything[name])[torch.as_tensor(some)] for name in everything}
-        assert all(torch.equal(torch.as_tensor(batch[name]), chosen[name]) for name in everything)
+        assert batch.pop("split") == split.key != expected.key
+        chosen = {name: torch.as_tensor(everything[name])[torch.as_tensor(some)] for name in batch}
+        assert all(torch.equal(torch.as_tensor(batch[name]), chosen[name]) for name in batch)
     assert torch.equal(split[1]["pixel_values"], everything["pixel_values"][1])
     assert (split[1]["labels"], split[1]["index"]) == (int(expected.labels[1]), 1)
     part = split.select(np.array([3, 1]))

@@ -49,6 +49,7 @@ def test_a_split_moves_with_labels_and_index(generator):
     assert moved.to(torch.device("meta")) is moved
     batch = moved.__getitems__([3, 1])
     assert batch.pop("rows").tolist() == [3, 1]  # stay on the host
+    assert batch.pop("split") == split.key  # the same images
     assert {name: (value.device.type, tuple(value.shape)) for name, value in batch.items()} == {
         "pixel_values": ("meta", (2, 3, 4, 5)), "labels": ("meta", (2,)), "index": ("meta", (2,)),
     }  # fmt: skip

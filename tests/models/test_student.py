@@ -590,7 +590,7 @@ def test_the_module_returns_what_the_saved_model_returns_and_both_heads():
     assert torch.equal(outputs.heads[0], expected.cls_logits)
     assert torch.equal(outputs.heads[1], expected.distillation_logits)
     assert outputs.features is None
-    assert outputs.projected is None
+    assert outputs.method_heads is None
 
 
 def test_a_module_with_one_head_has_one_head():

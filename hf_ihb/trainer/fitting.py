@@ -1,0 +1,38 @@
+"""What a student needs of the way it is run: layouts of its weights, and BatchNorm under sharding."""
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from hf_ihb.errors import RecipeError
+
+
+def fit_batch_norms(trainer: Trainer) -> bool:
+    """Whether a trainer's student runs under autocast, though FSDP2 casts its weights.
+
+    FSDP2 casts the weights of a BatchNorm and not its statistics, which torch refuses together; it is told to leave
+    both alone then.
+
+    Raises:
+        RecipeError: If DeepSpeed would do the same in half precision, where nothing can be told.
+    """
+    statistics = any(isinstance(part, nn.modules.batchnorm._NormBase) for part in trainer.model.modules())
+    if statistics and trainer.is_deepspeed_enabled and trainer.accelerator.mixed_precision != "no":
+        raise RecipeError(
+            "expected a student without BatchNorm under DeepSpeed, which leaves statistics in float32 beside half "
+            "weights, found one with it; take recipes/accelerate/ddp.yaml, or --mixed_precision no"
+        )
+    if not (statistics and trainer.accelerator.is_fsdp2):
+        return False
+    trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    return True
+
+
+def lay_out(model: nn.Module) -> None:
+    """Gives weights of convolutions that look beside their own place the layout they run fastest in.
+
+    A ViT's patches are cut by one that does not.
+    """
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    if any(size > step for m in convolutions for size, step in zip(m.kernel_size, m.stride, strict=True)):
+        model.to(memory_format=torch.channels_last)
