@@ -20,18 +20,7 @@ METRICS_FILE, ANALYSIS_FILE, PLOTS_FOLDER = "metrics.json", "analysis.json", "pl
 COMPARISON_FILE = "comparison.json"
 # the model card, and where a dry run of publishing renders what would be pushed
 CARD_FILE, STAGING_FOLDER = "README.md", "hub"
-PLOTS = tuple(
-    f"{PLOTS_FOLDER}/{name}.png"
-    for name in (
-        "attention_distance",
-        "attention_statistics",
-        "attention_maps",
-        "cka_linear",
-        "cka_rbf",
-        "eigenvalue_density",
-        "confusion_matrix",
-    )
-)
+CONFUSION_PLOT = f"{PLOTS_FOLDER}/confusion_matrix.png"
 _PACKAGES = (
     "hf_ihb",
     "torch",

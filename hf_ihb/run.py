@@ -14,25 +14,24 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from hf_ihb.analysis import analyze
+from hf_ihb.analysis import ANALYSES, AnalysisArguments, analyze, draw_analyses
 from hf_ihb.checkpoint import HEADS_FILE
 from hf_ihb.config.fields import published_flaws
-from hf_ihb.config.measure import AnalysisArguments
 from hf_ihb.config.recipe import read_recipe
 from hf_ihb.config.run import RunArguments
 from hf_ihb.data import ImageData
 from hf_ihb.errors import HfIhbError, RecipeError
 from hf_ihb.evaluation import evaluate_model
-from hf_ihb.models.attention import has_attention
+from hf_ihb.model_card import PLOTS
 from hf_ihb.models.pretrained import Pretrained, load_pretrained
-from hf_ihb.plots import confusion_matrix_plot, draw_analyses
+from hf_ihb.plots import confusion_matrix_plot
 from hf_ihb.records import (
     ANALYSIS_FILE,
     CARD_FILE,
+    CONFUSION_PLOT,
     EVALUATION_FILE,
     HISTORY_FILE,
     METRICS_FILE,
-    PLOTS,
     PLOTS_FOLDER,
     RECIPE_FILE,
     STAGING_FOLDER,
@@ -202,10 +201,10 @@ def run_training(trainer: SupervisedTrainer, data: ImageData, recipe: Path, argu
 
 
 def measure(trainer: SupervisedTrainer, data: ImageData, baseline: Pretrained | None = None) -> None:
-    """Evaluates and analyses the saved student of a finished run as the scripts do by default, without the Hessian.
+    """Evaluates and analyses the saved student of a finished run, with the scripts' defaults.
 
-    Writes ``metrics.json``, ``analysis.json`` and the plots. Attention is looked at where the student has some, and
-    similarity of layers with the teacher's where there is a teacher.
+    Writes ``metrics.json``, ``analysis.json`` and the plots. Of the analyses, those are made that are cheap beside a
+    training and that apply to the student; they see the teacher where there is one.
 
     Args:
         trainer: Has trained; gives the teacher.
@@ -228,8 +227,9 @@ def measure(trainer: SupervisedTrainer, data: ImageData, baseline: Pretrained | 
     (folder / PLOTS_FOLDER).mkdir(exist_ok=True)
     write_json(folder / METRICS_FILE, results)
     confusion = next(iter(results["heads"].values()))["confusion_matrix"]
-    confusion_matrix_plot(confusion, data.label_names, folder / PLOTS_FOLDER / "confusion_matrix.png")
-    analyses = ("attention", "cka") if has_attention(student.model, _first_pixels(student, data)) else ("cka",)
+    confusion_matrix_plot(confusion, data.label_names, folder / CONFUSION_PLOT)
+    pixels = _first_pixels(student, data)
+    analyses = [name for name, a in ANALYSES.items() if a.after_training and a.applies_to(student.model, pixels)]
     analysis = analyze(
         student,
         data.test,

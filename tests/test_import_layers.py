@@ -12,12 +12,12 @@ PACKAGE = Path(hf_ihb.__file__).parent
 LAYERS = (
     {"errors"},
     {"functional", "config", "plots", "records", "report", "access", "redaction"},
-    {"data", "models", "losses", "metrics", "checkpoint", "views"},
-    {"teacher_cache", "trainer.arguments"},
+    {"data", "models", "losses", "metrics", "checkpoint", "views", "markdown"},
+    {"teacher_cache", "trainer.arguments", "analysis"},
     {"model_card"},
     {"hub"},
     {"trainer"},
-    {"evaluation", "analysis"},
+    {"evaluation"},
     {"run"},
 )
 SEPARATE = {name for layer in LAYERS for name in layer if "." in name}

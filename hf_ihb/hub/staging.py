@@ -12,14 +12,13 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_ihb.errors import HubPushError, RecipeError
-from hf_ihb.model_card import render_card
+from hf_ihb.model_card import PLOTS, render_card
 from hf_ihb.records import (
     ANALYSIS_FILE,
     CARD_FILE,
     EVALUATION_FILE,
     HISTORY_FILE,
     METRICS_FILE,
-    PLOTS,
     RECIPE_FILE,
     write_json,
 )

@@ -13,11 +13,12 @@ from typing import Any, Unpack
 from jinja2 import Environment, StrictUndefined
 
 from hf_ihb.errors import DataError
+from hf_ihb.markdown import EMPTY, Markdown, called, code, listing, table, to_markdown, visible
 from hf_ihb.model_card import evidence, training
-from hf_ihb.model_card.files import CONFIG_FILE, PROCESSOR_FILE, WEIGHTS_FILE, RunFiles, read_run
+from hf_ihb.model_card.analyses import AnalysisSection, analysis_sections, analysis_topics
+from hf_ihb.model_card.files import CONFIG_FILE, PLOTS, PROCESSOR_FILE, WEIGHTS_FILE, RunFiles, read_run
 from hf_ihb.model_card.header import CardOptions, answering_accuracy, header_of, title_of
-from hf_ihb.model_card.markdown import EMPTY, Markdown, code, listing, table, to_markdown, visible
-from hf_ihb.records import ANALYSIS_FILE, EVALUATION_FILE, HISTORY_FILE, METRICS_FILE, PLOTS, RECIPE_FILE
+from hf_ihb.records import ANALYSIS_FILE, EVALUATION_FILE, HISTORY_FILE, METRICS_FILE, RECIPE_FILE
 from hf_ihb.redaction import LOCAL_PREFIX
 
 # Class of the model -> what it is, and how it answers.
@@ -50,14 +51,6 @@ _FILES = {
     HISTORY_FILE: "losses and evaluations along the way",
     EVALUATION_FILE: "results at the end of training",
     METRICS_FILE: "all metrics, per class and head, and the confusion matrix",
-    ANALYSIS_FILE: "attention, similarity of layers and curvature, as far as they were measured",
-    "plots/attention_distance.png": "attention distance of each layer and head",
-    "plots/attention_statistics.png": "entropy and mass on special tokens, layer by layer",
-    "plots/attention_maps.png": "where some images are looked at",
-    "plots/cka_linear.png": "CKA of layers with a linear kernel",
-    "plots/cka_rbf.png": "CKA of layers with an RBF kernel",
-    "plots/eigenvalue_density.png": "density of the Hessian's eigenvalues",
-    "plots/confusion_matrix.png": "which classes are taken for which",
 }
 
 
@@ -88,6 +81,7 @@ def render_card(folder: Path, **options: Unpack[CardOptions]) -> str:
 
 def _body(run: RunFiles, options: CardOptions) -> str:
     text = resources.files("hf_ihb").joinpath("templates", "model_card.md").read_text("utf-8")
+    analyses = analysis_sections(run)
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=to_markdown)
     return environment.from_string(text).render(
         title=_plain_or_code(title_of(run, **options)),
@@ -96,16 +90,14 @@ def _body(run: RunFiles, options: CardOptions) -> str:
         control=run.keys["teacher_control"] if run.teacher else "none",
         classes=listing(run.dataset["label_names"]),
         results=evidence.results(run),
-        attention=evidence.attention(run),
-        cka=evidence.cka(run),
-        curvature=evidence.curvature(run),
+        analyses=analyses,
         training=table([(Markdown("setting"), Markdown("value")), *training.training_rows(run)]),
         flaws=training.flaws(run),
-        limits=_limits(run),
-        files=[(name, Markdown(_FILES.get(name, "code of the model class"))) for name in run.listed],
+        limits=_limits(run, analyses),
+        files=[(name, _file_text(name, run)) for name in run.listed],
         software=_software(run.environment),
-        plots={Path(name).stem: Markdown(name) for name in PLOTS if name in run.listed},
-        methods=_methods(run),
+        methods=_methods(run, analyses),
+        references=[Markdown(section.analysis.reference) for section in analyses if section.analysis.reference],
         run=run,
     )
 
@@ -192,14 +184,20 @@ def _description(run: RunFiles) -> Markdown:
     return what + (Markdown(" (") + Markdown(", ").join(shape) + Markdown(")") if shape else EMPTY) + Markdown(".")
 
 
-def _limits(run: RunFiles) -> dict[str, Any]:
+def _file_text(name: str, run: RunFiles) -> Markdown:
+    """What a file of the run holds."""
+    texts = _FILES | PLOTS | {ANALYSIS_FILE: analysis_topics(run)}
+    return Markdown(texts.get(name, "code of the model class"))
+
+
+def _limits(run: RunFiles, analyses: list[AnalysisSection]) -> dict[str, Any]:
     size = _image_size(run)
     return {
         "size": None if size is None else Markdown("{} x {} px").format(*size),
-        "data": training.called(run.dataset["name"]),
+        "data": called(run.dataset["name"]),
         "is_local": run.dataset["revision"] is None,
         "seed": run.keys["seed"],
-        "is_taught": run.teacher is not None,
+        "may_show_teaching": run.teacher is not None and any(s.analysis.shows_teaching for s in analyses),
     }
 
 
@@ -209,7 +207,7 @@ def _software(environment: dict[str, Any]) -> Markdown:
     return Markdown(", ").join(known) or Markdown("version not known")
 
 
-def _methods(run: RunFiles) -> set[str]:
+def _methods(run: RunFiles, analyses: list[AnalysisSection]) -> set[str]:
     """What the run stands on, as the template's list of references calls it."""
     keys, found = run.keys, set()
     taught = run.teacher is not None
@@ -222,4 +220,4 @@ def _methods(run: RunFiles) -> set[str]:
         found.add("kd" if keys["distillation_type"] == "soft" else "deit")
     if taught and keys["method"] == "structural":
         found |= {part for part in ("cka", "gram", "relation") if keys[f"{part}_weight"] > 0}
-    return found | {part for part in ("attention", "cka") if part in run.analysis}
+    return found | {section.analysis.cites for section in analyses if section.analysis.cites}

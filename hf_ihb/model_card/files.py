@@ -1,7 +1,6 @@
 """The JSON files of a run folder, as they may be shown to anyone."""
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -9,12 +8,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hf_ihb.analysis import ANALYSES
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.config.data import DataArguments
 from hf_ihb.config.model import ModelArguments, TeacherArguments
 from hf_ihb.config.run import RunArguments
 from hf_ihb.errors import DataError
-from hf_ihb.records import ANALYSIS_FILE, EVALUATION_FILE, HISTORY_FILE, METRICS_FILE, PLOTS, RECIPE_FILE
+from hf_ihb.records import (
+    ANALYSIS_FILE,
+    CONFUSION_PLOT,
+    EVALUATION_FILE,
+    HISTORY_FILE,
+    METRICS_FILE,
+    PLOTS_FOLDER,
+    RECIPE_FILE,
+)
 from hf_ihb.redaction import publishable
 from hf_ihb.trainer.arguments import (
     LogitDistillationTrainingArguments,
@@ -23,6 +31,10 @@ from hf_ihb.trainer.arguments import (
 )
 
 CONFIG_FILE, PROCESSOR_FILE, WEIGHTS_FILE = "config.json", "preprocessor_config.json", "model.safetensors"
+# Every plot that a run folder may hold -> what it shows.
+PLOTS = {
+    f"{PLOTS_FOLDER}/{name}.png": text for analysis in ANALYSES.values() for name, text in analysis.plots.items()
+} | {CONFUSION_PLOT: "which classes are taken for which"}
 _OBJECTS = (RECIPE_FILE, CONFIG_FILE, PROCESSOR_FILE, EVALUATION_FILE, METRICS_FILE, ANALYSIS_FILE)
 _METHODS = {"logits": LogitDistillationTrainingArguments, "structural": StructuralDistillationTrainingArguments}
 
@@ -160,8 +172,3 @@ def _parsed(path: Path, kind: type) -> Any:
 def is_hub_id(name: str) -> bool:
     """Whether a repo of the Hub may have this name."""
     return re.fullmatch(r"[\w.-]+(?:/[\w.-]+)?", name, re.ASCII) is not None
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value of a JSON file is a number that is defined."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -6,8 +6,10 @@ from typing import Any, TypedDict, Unpack
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from hf_ihb.analysis import analyses_in
 from hf_ihb.errors import DataError
-from hf_ihb.model_card.files import RunFiles, is_hub_id, is_number, read_run
+from hf_ihb.markdown import is_number
+from hf_ihb.model_card.files import RunFiles, is_hub_id, read_run
 from hf_ihb.redaction import LOCAL_PREFIX
 
 TASK = "image-classification"
@@ -44,7 +46,8 @@ def card_data(folder: Path, **options: Unpack[CardOptions]) -> ModelCardData:
 
     Returns:
         With one model-index entry where there are results: the accuracy of the head that the model answers with, and
-        the mean attention distance of each layer, in patches; floats as they stand in the JSON files.
+        the `card_metrics` of each analysis, such as the mean attention distance of each layer, in patches; floats as
+        they stand in the JSON files.
 
     Raises:
         DataError: As `render_card`.
@@ -113,25 +116,9 @@ def _results(run: RunFiles) -> list[EvalResult]:
     if (answer := answering_accuracy(run)) is not None and is_number(answer[0]):
         accuracy, data = answer
         found.append(_result(run, data, metric_type="accuracy", metric_value=float(accuracy), metric_name="Accuracy"))
-    if (attention := run.analysis.get("attention")) is not None:
-        shared = {
-            "unit": "patches",
-            "reduction": "mean over heads, query patches and images",
-            "uniform_distance": attention["uniform_distance"],
-            "num_images": attention["num_images"],
-        }
-        found += [
-            _result(
-                run,
-                run.analysis["data"],
-                metric_type="mean_attention_distance",
-                metric_value=float(row["distance"]),
-                metric_name=f"Mean attention distance, layer {row['layer']}",
-                metric_args={"layer": row["layer"], **shared},
-            )
-            for row in attention["layers"]
-            if is_number(row["distance"])
-        ]
+    for analysis in analyses_in(run.analysis):
+        metrics = analysis.card_metrics(run.analysis[analysis.name])
+        found += [_result(run, run.analysis["data"], **metric) for metric in metrics]
     return found
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.config.fields import flaws_among
-from hf_ihb.model_card.files import RunFiles, defaults_of, is_hub_id, is_number
-from hf_ihb.model_card.markdown import EMPTY, Markdown, counted, percent
+from hf_ihb.markdown import EMPTY, Markdown, called, counted, is_number, percent
+from hf_ihb.model_card.files import RunFiles, defaults_of, is_hub_id
 from hf_ihb.records import HISTORY_FILE
 from hf_ihb.redaction import LOCAL_PREFIX
 from hf_ihb.trainer.arguments import DistillationTrainingArguments
@@ -19,11 +19,6 @@ _VIEWS = {
     "identical": "shown the student's augmented images",
 }
 _SCOPES = {"tokens": "the tokens of an image", "pooled": "all tokens of a batch", "images": "the images of a batch"}
-
-
-def called(name: str) -> str:
-    """A published name as a reader knows it."""
-    return name.removeprefix(LOCAL_PREFIX)
 
 
 def named(name: str, revision: str | None = None, kind: str = "") -> Markdown:
