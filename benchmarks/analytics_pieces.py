@@ -13,9 +13,10 @@ from peers import materialized
 from peers.pyhessian_like import PyHessianLike
 from torch import Tensor
 
-from hf_ihb.analysis import analyze_attention, analyze_cka
+from hf_ihb.analysis import AnalysisArguments
+from hf_ihb.analysis.attention import AttentionAnalysis
+from hf_ihb.analysis.cka import CKAAnalysis
 from hf_ihb.config.data import DataArguments
-from hf_ihb.config.measure import AnalysisArguments
 from hf_ihb.config.model import ModelArguments
 from hf_ihb.data import load_image_split
 from hf_ihb.functional.attention import attention_distance
@@ -86,7 +87,7 @@ class Pieces:
     def statistics(self, rows: Tensor) -> dict[str, Any]:
         """Ours, as scripts/analyze.py does it: six statistics, means and deviations in float64."""
         args = AnalysisArguments(batch_size=self.args.batch_size, untrained_reference=False, num_maps=0)
-        return analyze_attention(self.subject, self.split, rows, args)
+        return AttentionAnalysis.of(args).compute(self.subject, self.split, rows, args)
 
     def materialised(self, rows: Tensor) -> Tensor:
         """The maps of all layers of a batch at a time."""
@@ -122,7 +123,8 @@ class Pieces:
 
     def similarity(self, rows: Tensor) -> dict[str, Any]:
         """Ours, as scripts/analyze.py does it: forward passes, a linear and an RBF kernel."""
-        return analyze_cka(self.subject, self.split, rows, AnalysisArguments(batch_size=self.args.batch_size))
+        args = AnalysisArguments(batch_size=self.args.batch_size)
+        return CKAAnalysis.of(args).compute(self.subject, self.split, rows, args)
 
     # ---- Hessian ----
 

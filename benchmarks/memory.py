@@ -22,10 +22,12 @@ from scipy import stats
 from side_by_side import RESULTS, write_results
 from transformers import TrainerCallback, set_seed
 
-from hf_ihb.analysis import analyze_attention, analyze_cka, analyze_hessian
+from hf_ihb.analysis import Analysis, AnalysisArguments
+from hf_ihb.analysis.attention import AttentionAnalysis
+from hf_ihb.analysis.cka import CKAAnalysis
+from hf_ihb.analysis.hessian import HessianAnalysis
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.config.data import DataArguments
-from hf_ihb.config.measure import AnalysisArguments
 from hf_ihb.config.model import ModelArguments, TeacherArguments
 from hf_ihb.config.recipe import parse_recipe
 from hf_ihb.config.run import RunArguments
@@ -150,8 +152,9 @@ def _subject(split: StoredSplit, seed: int) -> Pretrained:
     return Pretrained(model.eval(), pixel_format(processor), "micro", None)
 
 
-def _analysis(work: Callable[..., Any], subject: Pretrained, split: StoredSplit) -> Any:
-    return work(subject, split, torch.arange(len(split)), AnalysisArguments(untrained_reference=False, num_maps=0))
+def _analysis(analysis: type[Analysis], subject: Pretrained, split: StoredSplit) -> Any:
+    args = AnalysisArguments(untrained_reference=False, num_maps=0)
+    return analysis.of(args).compute(subject, split, torch.arange(len(split)), args)
 
 
 def _hessian(subject: Pretrained, split: StoredSplit) -> Any:
@@ -159,14 +162,14 @@ def _hessian(subject: Pretrained, split: StoredSplit) -> Any:
     args = AnalysisArguments(
         hessian_images=count, hessian_batch_size=64, max_probes=2, lanczos_steps=2, lanczos_starts=1
     )
-    return analyze_hessian(subject, split, args)
+    return HessianAnalysis.of(args).compute(subject, split, torch.arange(len(split)), args)
 
 
 IMAGES: dict[str, Callable[[Pretrained, StoredSplit], Any]] = {
     "decoding": lambda subject, split: None,
     "evaluation": lambda subject, split: evaluate_model(subject, split, device="cpu"),
-    "attention": partial(_analysis, analyze_attention),
-    "CKA": partial(_analysis, analyze_cka),
+    "attention": partial(_analysis, AttentionAnalysis),
+    "CKA": partial(_analysis, CKAAnalysis),
     "Hessian, of a tenth of the images": _hessian,
 }
 

@@ -20,7 +20,8 @@ from typing import Any
 from gpu.arms import ARMS, CONTROL, STUDENTS, WITHOUT_GPU, job_id
 from gpu.job import ROOT, TIERS
 
-from hf_ihb.plots import attention_map_plot, confusion_matrix_plot, draw_analyses
+from hf_ihb.analysis import draw_analyses
+from hf_ihb.plots import attention_map_plot, confusion_matrix_plot
 from hf_ihb.runs.files import read_json, write_json
 from hf_ihb.runs.folder import COMPARISON_FILE, METRICS_FILE
 from hf_ihb.runs.tables import markdown_table

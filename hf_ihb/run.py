@@ -14,20 +14,20 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from hf_ihb.analysis import analyze
+from hf_ihb.analysis import ANALYSES, AnalysisArguments, analyses_of, analyze, draw_analyses
 from hf_ihb.config.fields import published_flaws
-from hf_ihb.config.measure import AnalysisArguments
 from hf_ihb.config.recipe import read_recipe
 from hf_ihb.config.run import RunArguments
 from hf_ihb.data import ImageData
-from hf_ihb.errors import HfIhbError
+from hf_ihb.errors import HfIhbError, RecipeError
 from hf_ihb.evaluation import evaluate_model, heads_of
-from hf_ihb.models.attention import has_attention
+from hf_ihb.model_card import PLOTS
 from hf_ihb.models.pretrained import Pretrained, load_pretrained
-from hf_ihb.plots import confusion_matrix_plot, draw_analyses
+from hf_ihb.plots import confusion_matrix_plot
 from hf_ihb.runs.files import write_json
 from hf_ihb.runs.folder import (
     ANALYSIS_FILE,
+    CONFUSION_PLOT,
     EVALUATION_FILE,
     HISTORY_FILE,
     METRICS_FILE,
@@ -76,13 +76,28 @@ def open_run(args: TrainingArguments, run_args: RunArguments, recipe: Path) -> N
 
     Raises:
         RecipeError: If the folder is a file, holds something that is not ours, or an earlier run that is neither
-            resumed nor overwritten.
+            resumed nor overwritten; or if the run asks for an analysis that there is none of.
     """
+    chosen_analyses(run_args)
     goes_on = bool(resume_argument(args))
     RunFolder(args.output_dir).check_writable(goes_on=goes_on, replaces=run_args.overwrite_output_dir)
     if args.process_index == 0 and (note := batch_note(args, read_recipe(recipe), str(recipe))) is not None:
         print(note, flush=True)
     PartialState().wait_for_everyone()  # nobody writes before everybody has looked
+
+
+def chosen_analyses(run_args: RunArguments) -> list[str]:
+    """What is analysed after training, in the order it is made.
+
+    Raises:
+        RecipeError: If there is no such analysis.
+    """
+    if run_args.analyses_after_training == "none":
+        return []
+    try:
+        return analyses_of("analyses_after_training", run_args.analyses_after_training)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
 
 
 def batch_note(args: TrainingArguments, recipe: Mapping[str, Any], name: str) -> str | None:
@@ -133,7 +148,7 @@ def run_training(trainer: SupervisedTrainer, data: ImageData, recipe: Path, argu
             logger.warning(line)
         folder.mkdir(parents=True, exist_ok=True)
         if not resume_argument(trainer.args):
-            RunFolder(folder).clear()
+            RunFolder(folder).clear(PLOTS)
         dataset = {"name": data.name, "revision": data.revision, "label_names": data.label_names}
         dataset |= {split: len(getattr(data, split)) for split in ("train", "validation", "test")}
         write_json(folder / RECIPE_FILE, resolved_recipe(trainer, arguments, recipe=recipe, dataset=dataset))
@@ -147,7 +162,7 @@ def run_training(trainer: SupervisedTrainer, data: ImageData, recipe: Path, argu
         write_json(folder / HISTORY_FILE, trainer.state.log_history)
         write_json(folder / EVALUATION_FILE, results)
         print(f"test accuracy {test['accuracy']:.4f}; the student and its results are in {folder}", flush=True)
-        measure(trainer, data, heads, run_args.analyses, baseline)
+        measure(trainer, data, heads, chosen_analyses(run_args), baseline)
     if not trainer.args.push_to_hub:
         trainer.create_model_card()
     elif (commit := trainer.push_to_hub()) is not None:
@@ -227,10 +242,9 @@ def measure(
     (folder / PLOTS_FOLDER).mkdir(exist_ok=True)
     write_json(folder / METRICS_FILE, results)
     confusion = next(iter(results["heads"].values()))["confusion_matrix"]
-    confusion_matrix_plot(confusion, data.label_names, folder / PLOTS_FOLDER / "confusion_matrix.png")
-    if "attention" in analyses and not has_attention(student.model, _first_pixels(student, data)):
-        analyses = [name for name in analyses if name != "attention"]
-    if analyses:
+    confusion_matrix_plot(confusion, data.label_names, folder / CONFUSION_PLOT)
+    pixels = _first_pixels(student, data)
+    if analyses := [name for name in analyses if ANALYSES[name].applies_to(student.model, pixels)]:
         _analyze(student, data, analyses, teacher, folder)
 
 

@@ -10,13 +10,11 @@ data set is that of the recipe beside the (first) model, unless it is given.
 
 from typing import Any
 
-from hf_ihb.analysis import analysis_table, analyze
+from hf_ihb.analysis import AnalysisArguments, analysis_table, analyze, draw_analyses
 from hf_ihb.config.data import DataArguments
-from hf_ihb.config.measure import AnalysisArguments
 from hf_ihb.config.recipe import parse_models
 from hf_ihb.data import load_image_split
 from hf_ihb.models.pretrained import Pretrained, data_defaults, load_pretrained
-from hf_ihb.plots import draw_analyses
 from hf_ihb.run import run_script
 from hf_ihb.runs.environment import default_device
 from hf_ihb.runs.files import write_json

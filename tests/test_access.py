@@ -12,8 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError, Res
 
 from hf_ihb import access
 from hf_ihb.access import explain, fetch_file, pin_revisions, resolve_commit
+from hf_ihb.analysis import AnalysisArguments
 from hf_ihb.config.data import DataArguments
-from hf_ihb.config.measure import AnalysisArguments
 from hf_ihb.config.model import ModelArguments, TeacherArguments
 from hf_ihb.errors import DataError, ModelLoadError
 from tests.conftest import TOKEN

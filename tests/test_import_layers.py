@@ -14,12 +14,12 @@ LAYERS = (
     {"functional", "config", "plots", "checkpoint"},
     {"step"},
     {"augment", "methods", "runs", "access", "redaction"},
-    {"data", "models", "metrics"},
-    {"trainer.arguments"},
+    {"data", "models", "metrics", "markdown"},
+    {"trainer.arguments", "analysis"},
     {"model_card", "runs.report"},
     {"hub"},
     {"trainer"},
-    {"evaluation", "analysis"},
+    {"evaluation"},
     {"run"},
 )
 SEPARATE = {name for layer in LAYERS for name in layer if "." in name}

@@ -6,6 +6,8 @@ import pytest
 
 from hf_ihb import evaluation
 from hf_ihb.config.run import RunArguments
+from hf_ihb.errors import RecipeError
+from hf_ihb.run import chosen_analyses
 from tests.test_scripts import STUDENT
 
 MEASURED = {key: value for key, value in STUDENT.items() if key != "analyses_after_training"}
@@ -92,7 +94,13 @@ def test_a_student_without_attention_is_measured_without(script, tmp_path):
 
 
 def test_analyses_are_named_or_none():
-    assert RunArguments(analyses_after_training="none").analyses == []
-    assert RunArguments(analyses_after_training="hessian, attention").analyses == ["attention", "hessian"]
-    with pytest.raises(ValueError, match="key 'analyses_after_training': expected some of attention,cka,hessian"):
-        RunArguments(analyses_after_training="hesian")
+    assert chosen_analyses(RunArguments(analyses_after_training="none")) == []
+    assert chosen_analyses(RunArguments(analyses_after_training="hessian, attention")) == ["attention", "hessian"]
+    with pytest.raises(RecipeError, match="key 'analyses_after_training': expected some of attention,cka,hessian"):
+        chosen_analyses(RunArguments(analyses_after_training="hesian"))
+
+
+def test_an_unknown_analysis_is_refused_before_anything_is_loaded(script, tmp_path):
+    done = script("train.py", CNN | {"analyses_after_training": "hesian"}, "--output_dir", "run")
+    assert done.code == 2
+    assert not (tmp_path / "run").exists()

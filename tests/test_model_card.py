@@ -9,17 +9,16 @@ import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from hf_ihb.analysis import analyze
+from hf_ihb.analysis import AnalysisArguments, analyze
 from hf_ihb.config.data import DataArguments
 from hf_ihb.config.fields import published_flaws
-from hf_ihb.config.measure import AnalysisArguments
 from hf_ihb.config.model import ModelArguments, TeacherArguments
 from hf_ihb.data import load_image_split
 from hf_ihb.errors import DataError
 from hf_ihb.evaluation import evaluate_model, metrics_table
 from hf_ihb.hub import card_files, run_card
+from hf_ihb.markdown import Markdown, code, table, to_markdown, visible
 from hf_ihb.model_card import card_data
-from hf_ihb.model_card.markdown import Markdown, code, table, to_markdown, visible
 from hf_ihb.models.pretrained import load_pretrained
 from hf_ihb.models.student import build_student
 from hf_ihb.redaction import publishable

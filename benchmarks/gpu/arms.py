@@ -14,8 +14,7 @@ import torch
 
 from gpu.job import ROOT, TIERS, Context, Job
 from gpu.machine import data_arguments
-from hf_ihb.analysis import analyze
-from hf_ihb.config.measure import AnalysisArguments
+from hf_ihb.analysis import AnalysisArguments, analyze
 from hf_ihb.data import load_image_split
 from hf_ihb.models.pretrained import load_pretrained
 from hf_ihb.runs.report import read_run

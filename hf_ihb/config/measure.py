@@ -1,11 +1,11 @@
-"""Keys of evaluating and analysing a finished model."""
+"""Keys of measuring a finished model, and of evaluating it; those of analysing it are in `hf_ihb.analysis`."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from hf_ihb.config.fields import AT_LEAST_ONE, NON_NEGATIVE, Checked, Range, key
+from hf_ihb.config.fields import AT_LEAST_ONE, Checked, key
 
 
 @dataclass
@@ -51,63 +51,3 @@ class EvaluationArguments(MeasurementArguments):
     teacher_assume_same_label_order: bool = key(
         False, "Trust that the teacher's classes are in the data set's order where its names cannot tell."
     )
-
-
-ANALYSES = ("attention", "cka", "hessian")
-
-
-def analyses_of(key_name: str, text: str) -> list[str]:
-    """The analyses that a key names, with commas between them, in the order they are made.
-
-    Raises:
-        ValueError: If there is no such analysis.
-    """
-    names = [name.strip() for name in text.split(",")]
-    if unknown := [name for name in names if name not in ANALYSES]:
-        raise ValueError(f"key '{key_name}': expected some of {','.join(ANALYSES)}, found '{unknown[0]}'")
-    return sorted(names, key=ANALYSES.index)
-
-
-@dataclass
-class AnalysisArguments(MeasurementArguments):
-    """What is measured of a model's inside."""
-
-    compare: list[str] = key(
-        [], "Models to put side by side, Hub ids or folders; analyses they hold already are read where they fit."
-    )
-    metrics: str = key(
-        "attention,cka,hessian", "Which analyses, with commas: attention (distance, entropy), cka, hessian."
-    )
-    max_images: int = key(
-        2048, "Images for attention and CKA, stratified by class, the same for every model.", within=Range(8)
-    )
-    analysis_seed: int = key(0, "Of the choice of images, of probes and of untrained twins.", within=NON_NEGATIVE)
-    num_maps: int = key(4, "Images whose attention maps are drawn.", within=NON_NEGATIVE)
-    untrained_reference: bool = key(True, "Measure the same architecture with random weights as well.")
-    rows_per_batch: int = key(
-        256, "Images that one term of the minibatch CKA is computed of, whatever batch_size is.", within=Range(8)
-    )
-    hessian_images: int = key(1024, "Images the loss is a mean over, for the Hessian.", within=AT_LEAST_ONE)
-    hessian_batch_size: int = key(
-        64,
-        "Images in one micro-batch of it, which bounds its memory; results do not depend on it.",
-        within=AT_LEAST_ONE,
-    )
-    max_probes: int = key(100, "Probes of the Hessian's trace at most.", within=Range(2))
-    trace_tolerance: float = key(
-        0.05, "Stop when the trace's standard error is below this share of it.", within=NON_NEGATIVE
-    )
-    lanczos_steps: int = key(
-        40, "Steps of Lanczos at most; each keeps one vector of the model's size.", within=Range(2)
-    )
-    lanczos_starts: int = key(2, "Random starts that the spectral density is the mean of.", within=AT_LEAST_ONE)
-    hessian_dtype: Literal["float32", "float64"] = key("float32", "Precision of the Hessian.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        analyses_of("metrics", self.metrics)
-
-    @property
-    def analyses(self) -> list[str]:
-        """Which analyses, in the order they are made."""
-        return analyses_of("metrics", self.metrics)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from hf_ihb.config.fields import Checked, key
-from hf_ihb.config.measure import analyses_of
 
 
 @dataclass
@@ -23,16 +22,6 @@ class RunArguments(Checked):
         "Analyses of the trained student, with commas, by the defaults of analyze.py: attention (where it has some), "
         "cka (with the teacher's layers too), hessian; or none. Pushing changes nothing about it.",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.analyses_after_training != "none":
-            analyses_of("analyses_after_training", self.analyses_after_training)
-
-    @property
-    def analyses(self) -> list[str]:
-        """Which analyses, in the order they are made."""
-        return [] if self.analyses_after_training == "none" else analyses_of("", self.analyses_after_training)
 
 
 @dataclass

@@ -12,10 +12,10 @@ from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_I
 
 from hf_ihb.config.secrets import secrets_in_effect
 from hf_ihb.errors import DataError, HubPushError, RecipeError
-from hf_ihb.model_card import RunFiles, render_card, run_files
+from hf_ihb.model_card import PLOTS, RunFiles, render_card, run_files
 from hf_ihb.redaction import find_leaks, machine_folders, publishable
 from hf_ihb.runs.files import read_json, write_json
-from hf_ihb.runs.folder import CARD_FILE, HISTORY_FILE, PLOTS, RECIPE_FILE, RECORDS, RunFolder, read_record
+from hf_ihb.runs.folder import CARD_FILE, HISTORY_FILE, RECIPE_FILE, RECORDS, RunFolder, read_record
 
 _REDACTED = (*RECORDS, CONFIG_NAME, IMAGE_PROCESSOR_NAME)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")

@@ -7,25 +7,23 @@ Whatever is not `Markdown` of ours is a name when it is printed, and shown as co
 import re
 import shlex
 from importlib import resources
-from pathlib import Path
 from typing import Any, Unpack
 
 from jinja2 import Environment, StrictUndefined
 
 from hf_ihb.config.names import LOCAL_PREFIX
 from hf_ihb.errors import DataError
-from hf_ihb.methods.cka import CKA
+from hf_ihb.markdown import EMPTY, Markdown, called, code, listing, table, to_markdown, visible
 from hf_ihb.model_card import evidence, training
-from hf_ihb.model_card.files import RunFiles
+from hf_ihb.model_card.analyses import AnalysisSection, analysis_sections, analysis_topics
+from hf_ihb.model_card.files import PLOTS, RunFiles
 from hf_ihb.model_card.header import CardOptions, answering_accuracy, card_data, title_of
-from hf_ihb.model_card.markdown import EMPTY, Markdown, code, listing, table, to_markdown, visible
 from hf_ihb.runs.folder import (
     ANALYSIS_FILE,
     CONFIG_FILE,
     EVALUATION_FILE,
     HISTORY_FILE,
     METRICS_FILE,
-    PLOTS,
     PROCESSOR_FILE,
     RECIPE_FILE,
     WEIGHTS_FILE,
@@ -66,14 +64,6 @@ _FILES = {
     HISTORY_FILE: "losses and evaluations along the way",
     EVALUATION_FILE: "results at the end of training",
     METRICS_FILE: "all metrics, per class and head, and the confusion matrix",
-    ANALYSIS_FILE: "attention, similarity of layers and curvature, as far as they were measured",
-    "plots/attention_distance.png": "attention distance of each layer and head",
-    "plots/attention_statistics.png": "entropy and mass on special tokens, layer by layer",
-    "plots/attention_maps.png": "where some images are looked at",
-    "plots/cka_linear.png": "CKA of layers with a linear kernel",
-    "plots/cka_rbf.png": "CKA of layers with an RBF kernel",
-    "plots/eigenvalue_density.png": "density of the Hessian's eigenvalues",
-    "plots/confusion_matrix.png": "which classes are taken for which",
 }
 
 
@@ -102,6 +92,7 @@ def render_card(run: RunFiles, **options: Unpack[CardOptions]) -> str:
 
 def _body(run: RunFiles, options: CardOptions) -> str:
     text = resources.files("hf_ihb").joinpath("templates", "model_card.md").read_text("utf-8")
+    analyses = analysis_sections(run)
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=to_markdown)
     return environment.from_string(text).render(
         title=_plain_or_code(title_of(run, **options)),
@@ -110,16 +101,13 @@ def _body(run: RunFiles, options: CardOptions) -> str:
         control=run.keys["teacher_control"] if run.teacher else "none",
         classes=listing(run.dataset["label_names"]),
         results=evidence.results(run),
-        attention=evidence.attention(run),
-        cka=evidence.cka(run),
-        curvature=evidence.curvature(run),
+        analyses=analyses,
         training=table([(Markdown("setting"), Markdown("value")), *training.training_rows(run)]),
         flaws=training.flaws(run),
-        limits=_limits(run),
-        files=[(name, Markdown(_FILES.get(name, "code of the model class"))) for name in run.listed],
+        limits=_limits(run, analyses),
+        files=[(name, _file_text(name, run)) for name in run.listed],
         software=_software(run.environment),
-        plots={Path(name).stem: Markdown(name) for name in PLOTS if name in run.listed},
-        references=_references(run),
+        references=_references(run, analyses),
         run=run,
     )
 
@@ -206,14 +194,20 @@ def _description(run: RunFiles) -> Markdown:
     return what + (Markdown(" (") + Markdown(", ").join(shape) + Markdown(")") if shape else EMPTY) + Markdown(".")
 
 
-def _limits(run: RunFiles) -> dict[str, Any]:
+def _file_text(name: str, run: RunFiles) -> Markdown:
+    """What a file of the run holds."""
+    texts = _FILES | PLOTS | {ANALYSIS_FILE: analysis_topics(run)}
+    return Markdown(texts.get(name, "code of the model class"))
+
+
+def _limits(run: RunFiles, analyses: list[AnalysisSection]) -> dict[str, Any]:
     size = _image_size(run)
     return {
         "size": None if size is None else Markdown("{} x {} px").format(*size),
-        "data": training.called(run.dataset["name"]),
+        "data": called(run.dataset["name"]),
         "is_local": run.dataset["revision"] is None,
         "seed": run.keys["seed"],
-        "is_taught": run.teacher is not None,
+        "may_show_teaching": run.teacher is not None and any(s.analysis.shows_teaching for s in analyses),
     }
 
 
@@ -223,20 +217,18 @@ def _software(environment: dict[str, Any]) -> Markdown:
     return Markdown(", ").join(known) or Markdown("version not known")
 
 
-def _references(run: RunFiles) -> list[tuple[Markdown, Markdown]]:
+def _references(run: RunFiles, analyses: list[AnalysisSection]) -> list[tuple[Markdown, Markdown]]:
     """What the run stands on, each with where to read it: network, methods, teacher, analyses."""
     saved = f"{run.config.get('architectures')} {run.config.get('architecture')} {run.keys['architecture']}".lower()
-    stands_on = [reference for mark, reference in _MARKS.items() if mark in saved]
-    if "attention" in run.analysis:
-        stands_on = [reference for reference in stands_on if reference != _MARKS["vitfor"]]
-        stands_on.append(("ViT, attention distance (appendix D.7): Dosovitskiy et al., 2021", "2010.11929"))
-    stands_on += [reference for m in run.methods for reference in m.references]
+    stands_on = {number: text for mark, (text, number) in _MARKS.items() if mark in saved}
+    for method in run.methods:
+        stands_on |= {number: text for text, number in method.references}
     measured = (run.metrics or {}).get("teacher") or {}
     if run.teacher is not None and "dinov2" in f"{run.teacher['name']} {measured.get('class')}".lower():
-        stands_on.append(("DINOv2: Oquab et al., 2023", "2304.07193"))
-    if "cka" in run.analysis:
-        stands_on += CKA().references
+        stands_on |= {"2304.07193": "DINOv2: Oquab et al., 2023"}
+    for section in analyses:  # says more of a paper than the network that comes from it
+        stands_on |= {number: text for text, number in section.analysis.references}
     return [
         (Markdown(text), Markdown(f"[arXiv:{number}](https://arxiv.org/abs/{number})"))
-        for text, number in dict.fromkeys(stands_on)
+        for number, text in stands_on.items()
     ]

@@ -1,6 +1,5 @@
 """What the files of a run folder say, as a card needs it."""
 
-import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -9,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from hf_ihb.analysis import ANALYSES
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.config.data import DataArguments
 from hf_ihb.config.model import ModelArguments, TeacherArguments
@@ -18,15 +18,21 @@ from hf_ihb.methods import Method, methods_of
 from hf_ihb.runs.folder import (
     ANALYSIS_FILE,
     CONFIG_FILE,
+    CONFUSION_PLOT,
     EVALUATION_FILE,
     METRICS_FILE,
-    PLOTS,
+    PLOTS_FOLDER,
     PROCESSOR_FILE,
     RECIPE_FILE,
     RECORDS,
     WEIGHTS_FILE,
 )
 from hf_ihb.trainer.arguments import DistillationTrainingArguments, SupervisedTrainingArguments, keys_today
+
+# Every plot that a run folder may hold -> what it shows.
+PLOTS = {
+    f"{PLOTS_FOLDER}/{name}.png": text for analysis in ANALYSES.values() for name, text in analysis.plots.items()
+} | {CONFUSION_PLOT: "which classes are taken for which"}
 
 
 @dataclass(frozen=True)
@@ -154,8 +160,3 @@ def run_files(folder: Path, names: Collection[str], contents: Mapping[str, Any])
 def is_hub_id(name: str) -> bool:
     """Whether a repo of the Hub may have this name."""
     return re.fullmatch(r"[\w.-]+(?:/[\w.-]+)?", name, re.ASCII) is not None
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value of a JSON file is a number that is defined."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

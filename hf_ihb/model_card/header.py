@@ -5,9 +5,11 @@ from typing import Any, TypedDict
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from hf_ihb.analysis import analyses_in
 from hf_ihb.config.names import LOCAL_PREFIX
 from hf_ihb.errors import DataError
-from hf_ihb.model_card.files import RunFiles, is_hub_id, is_number
+from hf_ihb.markdown import is_number
+from hf_ihb.model_card.files import RunFiles, is_hub_id
 
 TASK = "image-classification"
 
@@ -113,25 +115,9 @@ def _results(run: RunFiles) -> list[EvalResult]:
     if (answer := answering_accuracy(run)) is not None and is_number(answer[0]):
         accuracy, data = answer
         found.append(_result(run, data, metric_type="accuracy", metric_value=float(accuracy), metric_name="Accuracy"))
-    if (attention := run.analysis.get("attention")) is not None:
-        shared = {
-            "unit": "patches",
-            "reduction": "mean over heads, query patches and images",
-            "uniform_distance": attention["uniform_distance"],
-            "num_images": attention["num_images"],
-        }
-        found += [
-            _result(
-                run,
-                run.analysis["data"],
-                metric_type="mean_attention_distance",
-                metric_value=float(row["distance"]),
-                metric_name=f"Mean attention distance, layer {row['layer']}",
-                metric_args={"layer": row["layer"], **shared},
-            )
-            for row in attention["layers"]
-            if is_number(row["distance"])
-        ]
+    for analysis in analyses_in(run.analysis):
+        metrics = analysis.card_metrics(run.analysis[analysis.name])
+        found += [_result(run, run.analysis["data"], **metric) for metric in metrics]
     return found
 
 

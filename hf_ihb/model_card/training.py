@@ -6,9 +6,9 @@ from typing import Any
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.config.fields import flaws_among
 from hf_ihb.config.names import LOCAL_PREFIX
+from hf_ihb.markdown import EMPTY, Markdown, called, counted, is_number, percent
 from hf_ihb.methods import METHODS
-from hf_ihb.model_card.files import RunFiles, defaults_of, is_hub_id, is_number
-from hf_ihb.model_card.markdown import EMPTY, Markdown, counted, percent
+from hf_ihb.model_card.files import RunFiles, defaults_of, is_hub_id
 from hf_ihb.runs.folder import HISTORY_FILE
 from hf_ihb.trainer.arguments import SupervisedTrainingArguments
 
@@ -21,11 +21,6 @@ _VIEWS = {
 # of a training with a teacher, what changes no number, or is said in a sentence
 _UNSAID = {"teacher_cache_dir", "teacher_dtype", "distillation_warmup_type", "method", "task_loss_weight"}
 _UNSAID |= {"student_layers", "teacher_layers", "teacher_view", "teacher_logits_view"}
-
-
-def called(name: str) -> str:
-    """A published name as a reader knows it."""
-    return name.removeprefix(LOCAL_PREFIX)
 
 
 def named(name: str, revision: str | None = None, kind: str = "") -> Markdown:

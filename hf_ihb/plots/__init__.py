@@ -7,7 +7,6 @@ from hf_ihb.plots.attention import attention_distance_plot, attention_map_plot, 
 from hf_ihb.plots.curvature import eigenvalue_density_plot
 from hf_ihb.plots.curves import curve_panels
 from hf_ihb.plots.matrices import cka_heatmaps, confusion_matrix_plot
-from hf_ihb.plots.overview import draw_analyses
 from hf_ihb.plots.style import COLORS
 
 __all__ = [
@@ -18,6 +17,5 @@ __all__ = [
     "cka_heatmaps",
     "confusion_matrix_plot",
     "curve_panels",
-    "draw_analyses",
     "eigenvalue_density_plot",
 ]

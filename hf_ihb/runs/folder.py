@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -17,18 +17,7 @@ METRICS_FILE, ANALYSIS_FILE, PLOTS_FOLDER = "metrics.json", "analysis.json", "pl
 COMPARISON_FILE = "comparison.json"
 # the model card, and where a dry run of publishing renders what would be pushed
 CARD_FILE, STAGING_FOLDER = "README.md", "hub"
-PLOTS = tuple(
-    f"{PLOTS_FOLDER}/{name}.png"
-    for name in (
-        "attention_distance",
-        "attention_statistics",
-        "attention_maps",
-        "cka_linear",
-        "cka_rbf",
-        "eigenvalue_density",
-        "confusion_matrix",
-    )
-)
+CONFUSION_PLOT = f"{PLOTS_FOLDER}/confusion_matrix.png"
 # What a run records of itself, in the order it is listed; comparisons lie in folders of their own.
 RECORDS = (RECIPE_FILE, HISTORY_FILE, EVALUATION_FILE, METRICS_FILE, ANALYSIS_FILE)
 _NUMBER, _OBJECT_OR_NULL = (int, float), (dict, NoneType)
@@ -40,8 +29,8 @@ _PARTS: dict[str, dict[str, type | tuple[type, ...]]] = {
     METRICS_FILE: {"model": dict, "data": dict, "heads": dict},
     ANALYSIS_FILE: {"model": dict, "data": dict},
 }
-# Parts that may be missing, such as those of an analysis that was not asked for.
-_MORE_PARTS = {ANALYSIS_FILE: dict.fromkeys(("settings", "seconds", "attention", "cka", "hessian"), dict)}
+# Files whose other parts, such as those of analyses, are objects as well.
+_OF_OBJECTS = (ANALYSIS_FILE,)
 
 
 class RunFolder:
@@ -99,12 +88,16 @@ class RunFolder:
         if not os.access(_nearest(folder), os.W_OK):
             raise RecipeError(f"key 'output_dir': expected a folder that can be written to, found {folder}")
 
-    def clear(self) -> None:
-        """Removes what an earlier run of ours wrote, and nothing else."""
+    def clear(self, plots: Iterable[str]) -> None:
+        """Removes what an earlier run of ours wrote, and nothing else.
+
+        Args:
+            plots: Names of those that a run may have drawn.
+        """
         for path in (*self.path.glob("checkpoint-*"), self.path / HEADS_FILE.parent, self.path / STAGING_FOLDER):
             if path.exists():
                 shutil.rmtree(path)
-        for name in (*RECORDS, CARD_FILE, *PLOTS, WEIGHTS_FILE):
+        for name in (*RECORDS, CARD_FILE, *plots, WEIGHTS_FILE):
             (self.path / name).unlink(missing_ok=True)
 
 
@@ -136,8 +129,9 @@ def _check_parts(content: Any, file: str, where: str) -> None:
     needed = _PARTS.get(file, {})
     if absent := [name for name in needed if name not in content]:
         raise DataError(f"{where}: expected '{absent[0]}', found {', '.join(content) or 'nothing'}")
-    for name, kind in (needed | _MORE_PARTS.get(file, {})).items():
-        if name in content and not isinstance(content[name], kind):
+    others = dict.fromkeys(content, _OBJECT_OR_NULL) if file in _OF_OBJECTS else {}
+    for name, kind in (others | needed).items():
+        if not isinstance(content[name], kind):
             expected = {dict: "an object", _OBJECT_OR_NULL: "an object or null"}.get(kind, "a number")
             raise DataError(f"{where}: key '{name}': expected {expected}, found {type(content[name]).__name__}")
 

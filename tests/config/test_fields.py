@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from hf_ihb.analysis import AnalysisArguments
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.config.data import DataArguments
 from hf_ihb.config.fields import Range, flaws_among, is_key, published_flaws
-from hf_ihb.config.measure import AnalysisArguments
 from hf_ihb.config.model import ModelArguments, TeacherArguments
 from hf_ihb.trainer.arguments import LogitDistillationTrainingArguments, SupervisedTrainingArguments
 

@@ -1,7 +1,8 @@
 from dataclasses import fields
 
+from hf_ihb.analysis import AnalysisArguments
 from hf_ihb.config.data import DataArguments
-from hf_ihb.config.measure import AnalysisArguments, EvaluationArguments
+from hf_ihb.config.measure import EvaluationArguments
 from hf_ihb.config.model import ModelArguments, TeacherArguments
 from hf_ihb.config.names import NAMES, REVISIONS
 from hf_ihb.config.run import RunArguments

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
+from hf_ihb.analysis import ANALYSES, AnalysisArguments
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.config.data import DataArguments
 from hf_ihb.config.fields import TRAINING_RANGES
-from hf_ihb.config.measure import AnalysisArguments, EvaluationArguments
+from hf_ihb.config.measure import EvaluationArguments
 from hf_ihb.config.model import ModelArguments, TeacherArguments
 from hf_ihb.config.recipe import MAX_RECIPE_BYTES, parse_models, parse_recipe, read_recipe, recipe_path
 from hf_ihb.config.run import RunArguments
@@ -628,7 +629,7 @@ def test_a_model_is_needed(classes, argv):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (("--metrics", "attention,ckb"), "key 'metrics': expected some of attention,cka,hessian, found 'ckb'"),
+        (("--metrics", "attention,ckb"), f"key 'metrics': expected some of {','.join(ANALYSES)}, found 'ckb'"),
         (("--metrics", ""), "key 'metrics': expected some of"),
         (("--max_images", "2"), "command line: key 'max_images': expected an integer >= 8, found 2"),
         (("--split", "tset"), "command line: key 'split': expected one of test, validation, train, found 'tset'"),

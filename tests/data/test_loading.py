@@ -8,10 +8,9 @@ import torch
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
-from hf_ihb.analysis import analyze
+from hf_ihb.analysis import AnalysisArguments, analyze
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.config.data import DataArguments
-from hf_ihb.config.measure import AnalysisArguments
 from hf_ihb.config.model import ModelArguments
 from hf_ihb.data import (
     DIGITS,

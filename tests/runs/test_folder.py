@@ -3,7 +3,8 @@ import json
 import pytest
 
 from hf_ihb.errors import DataError, RecipeError
-from hf_ihb.runs.folder import PLOTS, RECORDS, RunFolder, distinct_names, output_folder
+from hf_ihb.model_card import PLOTS
+from hf_ihb.runs.folder import RECORDS, RunFolder, distinct_names, output_folder
 
 RECIPE = {"keys": {}, "dataset": {}, "teacher": None, "environment": {}}
 FOREIGN = {
@@ -53,7 +54,7 @@ def test_a_file_that_is_not_what_its_name_says_is_one_line_that_names_it(run, na
         ("recipe.json", RECIPE | {"keys": []}, "key 'keys': expected an object, found list"),
         ("recipe.json", RECIPE | {"teacher": "x"}, "key 'teacher': expected an object or null, found str"),
         ("metrics.json", {"model": {}, "data": {}}, "expected 'heads', found model, data"),
-        ("analysis.json", {"model": {}, "data": {}, "cka": 3}, "key 'cka': expected an object, found int"),
+        ("analysis.json", {"model": {}, "data": {}, "cka": 3}, "key 'cka': expected an object or null, found int"),
         ("comparison.json", {"a": {"model": {}}}, "key 'a': expected 'data', found model"),
         ("comparison.json", {"a": 3}, "key 'a': expected an object, found int"),
         ("evaluation.json", {}, "expected 'validation', found nothing"),
@@ -97,7 +98,7 @@ def test_clearing_removes_what_a_run_wrote_and_nothing_else(run):
     for name in ours + others:
         (run.path / name).parent.mkdir(exist_ok=True)
         (run.path / name).write_text("x")
-    run.clear()
+    run.clear(PLOTS)
     assert sorted(str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.is_file()) == sorted(others)
 
 

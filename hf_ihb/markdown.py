@@ -1,10 +1,12 @@
 """Names of others in Markdown of ours: what comes from a file is shown as code, and nothing in it is markup."""
 
+import math
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from hf_ihb.config.names import LOCAL_PREFIX
 from hf_ihb.runs.tables import markdown_table
 
 _LONGEST = 120
@@ -89,3 +91,23 @@ def percent(share: float, decimals: int = 2) -> Markdown:
 def counted(number: int, noun: str) -> Markdown:
     """A number and what it counts; an s where there are several."""
     return Markdown("{:,} " + noun + "s" * (number != 1)).format(number)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a number that is defined."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def value_or_nothing(number: Any, text: str, factor: float = 1) -> Markdown:
+    """A number times a factor, in a format such as ``{:.2f}``; nothing where it is not defined."""
+    return Markdown(text).format(factor * number) if is_number(number) else EMPTY
+
+
+def called(name: str) -> str:
+    """A published name as a reader knows it."""
+    return name.removeprefix(LOCAL_PREFIX)
+
+
+def measured_on(data: Mapping[str, Any]) -> Markdown:
+    """The images that something was measured on."""
+    return Markdown("{:,} images of the {} split of {}").format(data["num_images"], data["split"], called(data["name"]))
