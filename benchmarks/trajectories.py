@@ -64,15 +64,24 @@ def make_teachers(folder: Path) -> None:
     torch.manual_seed(0)
     cnn = ConvNextV2ForImageClassification(
         ConvNextV2Config(
-            hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 1, 1], patch_size=1, image_size=SIDE, id2label=names,
-            label2id={n: i for i, n in names.items()}, initializer_range=0.5,
-        )  # fmt: skip
+            hidden_sizes=[8, 12, 16, 20],
+            depths=[1, 1, 1, 1],
+            patch_size=1,
+            image_size=SIDE,
+            id2label=names,
+            label2id={n: i for i, n in names.items()},
+            initializer_range=0.5,
+        )
     )
     vit = Dinov2Model(
         Dinov2Config(
-            hidden_size=32, num_hidden_layers=3, num_attention_heads=2, patch_size=4, image_size=SIDE,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            patch_size=4,
+            image_size=SIDE,
             initializer_range=0.3,
-        )  # fmt: skip
+        )
     )
     size = {"height": SIDE, "width": SIDE}
     processor = BitImageProcessor(
@@ -102,6 +111,8 @@ def shrunk(recipe: dict[str, Any], script: str) -> dict[str, Any]:
         for name in ("teacher_statistics_samples",):
             keys.pop(name)
         return keys
+    if keys["method"] == "logits":  # one key for both trees
+        keys["teacher_view"] = keys.pop("teacher_logits_view", keys.get("teacher_view", "identical"))
     structural = keys["method"] == "structural"
     keys |= {"teacher_model": "vit" if structural else "cnn", "teacher_control": "untrained"}
     if structural:
@@ -111,10 +122,10 @@ def shrunk(recipe: dict[str, Any], script: str) -> dict[str, Any]:
     return keys
 
 
-def runs(only: str) -> list[tuple[str, str, dict[str, Any]]]:
+def runs(tree: Path, only: str) -> list[tuple[str, str, dict[str, Any]]]:
     """Name, script and keys of every run: each recipe, with a cache by name where its view allows one, and without."""
     found = []
-    for path in sorted((ROOT / "recipes").rglob("*.json")):
+    for path in sorted((tree / "recipes").rglob("*.json")):
         recipe = json.loads(path.read_text("utf-8"))
         folder = path.parent.name
         if folder not in ("quickstart", "micro", "paper") or only not in f"{folder}/{path.stem}":
@@ -164,7 +175,7 @@ def record(tree: Path, output: Path, only: str) -> None:
         folder = Path(name)
         make_images(folder / "images")
         make_teachers(folder)
-        one = list(enumerate(runs(only)))
+        one = list(enumerate(runs(tree, only)))
         two = [(number, run) for number, run in one if number % 2 == 0]
         for count, number, (title, script, keys) in tqdm(
             [(c, n, r) for c, some in ((1, one), (2, two)) for n, r in some], unit="run"
