@@ -165,7 +165,7 @@ def test_method_selects_defaults_alone(make_args):
 
 
 @pytest.mark.parametrize(("keys", "line"), [
-    ({}, "'alpha', 'cka_weight'"),
+    ({}, "keys 'alpha', "),
     ({"method": "logits", "teacher_view": "shared"}, "key 'teacher_view': expected 'identical' or 'clean' with method"),
     ({"cka_weight": 1.0, "teacher_cache": "logits"}, "key 'teacher_cache': expected 'tokens', 'gram', 'auto' or 'off'"),
     ({"alpha": 0.5, "teacher_cache": "gram"}, "key 'teacher_cache': expected 'logits', 'auto' or 'off'"),
