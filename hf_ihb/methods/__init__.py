@@ -4,6 +4,7 @@ from typing import Any
 
 from hf_ihb.methods.base import Method, SharedKeys
 from hf_ihb.methods.cka import CKA
+from hf_ihb.methods.dkd import DKD
 from hf_ihb.methods.gram import Gram
 from hf_ihb.methods.logits import LogitDistillation
 from hf_ihb.methods.relation import Relation
@@ -11,6 +12,7 @@ from hf_ihb.methods.token import Token
 
 METHODS: tuple[type[Method], ...] = (
     LogitDistillation,
+    DKD,
     CKA,
     Gram,
     Token,
