@@ -8,6 +8,7 @@ from hf_ihb.methods.dkd import DKD
 from hf_ihb.methods.gram import Gram
 from hf_ihb.methods.logits import LogitDistillation
 from hf_ihb.methods.relation import Relation
+from hf_ihb.methods.rsd import RSD
 from hf_ihb.methods.token import Token
 
 METHODS: tuple[type[Method], ...] = (
@@ -17,6 +18,7 @@ METHODS: tuple[type[Method], ...] = (
     Gram,
     Token,
     Relation,
+    RSD,
 )
 
 
