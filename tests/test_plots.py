@@ -18,6 +18,7 @@ from hf_ihb.plots import (
     confusion_matrix_plot,
     curve_panels,
     eigenvalue_density_plot,
+    layer_lines_plot,
 )
 from hf_ihb.plots.style import short_names
 
@@ -336,6 +337,36 @@ def test_each_untrained_network_is_drawn_once_and_none_where_there_is_none(draw)
     starts = [series_of(analyses[name]["attention"]["untrained"], "distance") for name in "01"]
     for axis, expected in zip(figure.axes, ([1, 1], [1, 0], [0, 1], [1, 0], [0, 0]), strict=True):
         assert [drawn_series(axis).count(start) for start in starts] == expected
+
+
+# ---- A number of each layer ----
+
+
+def lines_of(analyses, path):
+    lines = {name: series_of(analysis["attention"], "entropy") for name, analysis in analyses.items()}
+    layer_lines_plot(lines, path, title="Entropy", y_label="nats")
+
+
+def test_a_line_shows_the_number_of_each_layer_and_a_gap_where_there_is_none(draw):
+    analyses = analyses_of(2)
+    figure = draw(lines_of, analyses)
+    (axis,) = figure.axes
+    assert drawn_series(axis) == [series_of(analysis["attention"], "entropy") for analysis in analyses.values()]
+    assert (axis.get_title(), axis.get_ylabel()) == ("Entropy", "nats")
+    assert legend_of(figure) == list(analyses)
+    figure = draw(layer_lines_plot, {"a": ([0, 1, 2], [1.0, None, 3.0])}, title="t", y_label="u")
+    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), [1, np.nan, 3])
+    with pytest.raises(ValueError, match="no analysis was given"):
+        draw(layer_lines_plot, {}, title="t", y_label="u")
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_layer_lines_are_a_readme_wide_and_the_same_every_time(tmp_path, count):
+    for name in ("one.png", "two.png"):
+        lines_of(analyses_of(count), tmp_path / name)
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    with Image.open(tmp_path / "one.png") as image:
+        assert image.width == 1196
 
 
 # ---- Attention statistics ----

@@ -7,6 +7,7 @@ from hf_ihb.analysis.attention import AttentionAnalysis
 from hf_ihb.analysis.base import Analysis
 from hf_ihb.analysis.cka import CKAAnalysis
 from hf_ihb.analysis.hessian import HessianAnalysis
+from hf_ihb.analysis.rankme import RankMeAnalysis
 from hf_ihb.errors import DataError
 
 # In the order in which they are made, drawn and told.
@@ -16,6 +17,7 @@ ANALYSES: dict[str, type[Analysis]] = {
         AttentionAnalysis,
         CKAAnalysis,
         HessianAnalysis,
+        RankMeAnalysis,
     )
 }
 

@@ -6,6 +6,7 @@ Every picture is a README wide; names are the user's, shortened and drawn as the
 from hf_ihb.plots.attention import attention_distance_plot, attention_map_plot, attention_statistics_plot
 from hf_ihb.plots.curvature import eigenvalue_density_plot
 from hf_ihb.plots.curves import curve_panels
+from hf_ihb.plots.layers import layer_lines_plot
 from hf_ihb.plots.matrices import cka_heatmaps, confusion_matrix_plot
 from hf_ihb.plots.style import COLORS
 
@@ -18,4 +19,5 @@ __all__ = [
     "confusion_matrix_plot",
     "curve_panels",
     "eigenvalue_density_plot",
+    "layer_lines_plot",
 ]
