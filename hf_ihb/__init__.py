@@ -13,6 +13,7 @@ from hf_ihb.trainer import (
     SupervisedTrainer,
 )
 from hf_ihb.trainer.arguments import (
+    DistillationTrainingArguments,
     LogitDistillationTrainingArguments,
     StructuralDistillationTrainingArguments,
     SupervisedTrainingArguments,
@@ -22,6 +23,7 @@ __all__ = [
     "AugmentationArguments",
     "DataArguments",
     "DistillationTrainer",
+    "DistillationTrainingArguments",
     "LogitDistillationTrainer",
     "LogitDistillationTrainingArguments",
     "ModelArguments",

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -43,6 +44,17 @@ def save_module(module: nn.Module, directory: Path, state_dict: dict[str, Tensor
     if heads and main_process:
         (directory / HEADS_FILE).parent.mkdir(parents=True, exist_ok=True)
         save_file(heads, directory / HEADS_FILE)
+
+
+def save_run(module: nn.Module, directory: Path, state_dict: dict[str, Tensor] | None, processor: Any) -> None:
+    """Writes the plain student with its image processor, and its heads.
+
+    No ``training_args.bin`` is: it is a pickle that holds the Hub token. A processor of timm lives in ``config.json``.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    save_module(module, directory, state_dict, main_process=True)
+    if processor is not None and not isinstance(processor, TimmWrapperImageProcessor):
+        processor.save_pretrained(directory)
 
 
 def load_module(module: nn.Module, directory: Path) -> None:

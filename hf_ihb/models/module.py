@@ -55,9 +55,21 @@ class StudentModule(PreTrainedModel):
         self.heads = nn.ModuleDict(dict(heads or {}))
         self.distillation_head = distillation_head
         self._no_split_modules = block_classes(student)
+        self._counts: dict[bool, int] = {}
 
     def get_input_embeddings(self) -> None:
         """None: FSDP asks for a table of words, and transformers raises where a CNN has none."""
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of parameters; counted once, though `Trainer` asks in every step.
+
+        Args:
+            only_trainable: Without those that are frozen.
+            exclude_embeddings: Without tables of words, of which there are none.
+        """
+        if only_trainable not in self._counts:
+            self._counts[only_trainable] = super().num_parameters(only_trainable, exclude_embeddings)
+        return self._counts[only_trainable]
 
     def forward(
         self,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from hf_ihb.augment import Augmenter, class_targets
@@ -74,6 +75,29 @@ class Batches:
         finally:
             vars(args).update(before)
 
+    @contextlib.contextmanager
+    def training_images(self, trainer: Trainer) -> Iterator[None]:
+        """The training set where it is kept, while `Trainer` makes a loader of it; it takes no other than its own."""
+        dataset = trainer.train_dataset
+        trainer.train_dataset = self.place(dataset)
+        try:
+            with self.loading(trainer.train_dataset):
+                yield
+        finally:
+            trainer.train_dataset = dataset
+
+    def checked(self, loader: DataLoader, trainer: Trainer) -> DataLoader:
+        """A loader of training images, which must make at least one step.
+
+        Raises:
+            DataError: If there are fewer images than one batch.
+        """
+        images = trainer.train_dataset
+        if hasattr(images, "__len__") and len(loader) == 0:
+            batch = trainer._train_batch_size * self.args.world_size
+            raise DataError(f"0 steps: {len(images)} training images do not fill one batch of {batch}")
+        return loader
+
     # ---- A batch as a step ----
 
     def step(self, inputs: Mapping[str, Any], train: bool, epoch: float, images: Any) -> Step:
@@ -140,16 +164,6 @@ class Batches:
         rows, device = torch.from_numpy(host_index(inputs)), inputs["pixel_values"].device
         rows = self._augmenter.partners_of(rows, epoch)
         return onto(device, rows), rows_onto(device, split.images, rows), rows_onto(device, split.labels, rows)
-
-
-@contextlib.contextmanager
-def placed_images(trainer: Trainer, placed: Any) -> Iterator[None]:
-    """The training set where it is kept, while `Trainer` makes a loader of it; it takes no other than its own."""
-    dataset, trainer.train_dataset = trainer.train_dataset, placed
-    try:
-        yield
-    finally:
-        trainer.train_dataset = dataset
 
 
 def without_host_values(collate: Callable) -> Callable:

@@ -53,3 +53,10 @@ class EvaluationMetrics:
             more = {"compute_result": compute_result} if self._by_batch else {}
             metrics.update(self._compute(user, **more) or {})
         return metrics
+
+
+def of_logits(hook: Callable | None) -> Callable | None:
+    """A user's `preprocess_logits_for_metrics`, which sees logits, for outputs that hold more."""
+    if hook is None:
+        return None
+    return lambda outputs, labels: {**outputs, "logits": hook(outputs["logits"], labels)}

@@ -1,5 +1,9 @@
 """What a student needs of the way it is run: layouts of its weights, and BatchNorm under sharding."""
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import Trainer
@@ -36,3 +40,9 @@ def lay_out(model: nn.Module) -> None:
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     if any(size > step for m in convolutions for size, step in zip(m.kernel_size, m.stride, strict=True)):
         model.to(memory_format=torch.channels_last)
+
+
+def wrapped_init(model_init: Callable, wrap: Callable[[Any], nn.Module]) -> Callable[..., nn.Module]:
+    """A user's `model_init`, with or without a trial, whose model is wrapped."""
+    takes_trial = len(inspect.signature(model_init).parameters) > 0
+    return lambda trial=None: wrap(model_init(trial) if takes_trial else model_init())

@@ -1,7 +1,6 @@
 """Training on labels, and what every trainer here shares: steps, logs, evaluation, strict checkpoints."""
 
 import contextlib
-import inspect
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,10 +11,9 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
 from hf_ihb.augment import class_targets
-from hf_ihb.checkpoint import checkpoint_to_resume, load_module, save_module
+from hf_ihb.checkpoint import checkpoint_to_resume, load_module, save_run
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.data import collate_images
 from hf_ihb.errors import DataError
@@ -26,10 +24,10 @@ from hf_ihb.models.student import input_size
 from hf_ihb.step import Step, StudentOutput
 from hf_ihb.trainer.arguments import SupervisedTrainingArguments
 from hf_ihb.trainer.averaging import Averaging
-from hf_ihb.trainer.batches import Batches, first_batch, placed_images, without_host_values
+from hf_ihb.trainer.batches import Batches, first_batch, without_host_values
 from hf_ihb.trainer.callbacks import EarlyStopping, Hooks
-from hf_ihb.trainer.evaluating import EvaluationMetrics, image_scores
-from hf_ihb.trainer.fitting import fit_batch_norms, lay_out
+from hf_ihb.trainer.evaluating import EvaluationMetrics, image_scores, of_logits
+from hf_ihb.trainer.fitting import fit_batch_norms, lay_out, wrapped_init
 from hf_ihb.trainer.hub_calls import HubCalls
 from hf_ihb.trainer.loss_log import LossLog
 from hf_ihb.trainer.optimization import decayed_parameters, optimizer_settings
@@ -48,12 +46,13 @@ class SupervisedTrainer(Trainer):
     Args:
         model: An image classifier of transformers; saved in its own format. `student` is this object.
         args: `SupervisedTrainingArguments`.
-        data_collator: As in `Trainer`.
-        train_dataset: As in `Trainer`.
-        eval_dataset: As in `Trainer`.
+        data_collator: Of batches; `collate_images` if None.
+        train_dataset: Images to train on.
+        eval_dataset: Images to evaluate on, one set or several by name.
         processing_class: Image processor; gives mean, std and size for stored images, and is saved with the model.
         augmentation: What stored images go through in training; nothing if None.
-        **kwargs: As in `Trainer`. `compute_metrics` sees the logits of inference; its metrics are added to ours.
+        **kwargs: Further arguments of `Trainer`. `compute_metrics` sees the logits of inference; its metrics are added
+            to ours.
     """
 
     arguments_class: type[TrainingArguments] = SupervisedTrainingArguments
@@ -85,9 +84,8 @@ class SupervisedTrainer(Trainer):
         def wrap(student: Any) -> StudentModule:
             return self._module(student, args, lambda: first_batch(images, data_collator))
 
-        if (model_init := kwargs.pop("model_init", None)) is not None:
-            takes_trial = len(inspect.signature(model_init).parameters) > 0
-            kwargs["model_init"] = lambda trial=None: wrap(model_init(trial) if takes_trial else model_init())
+        if kwargs.get("model_init") is not None:
+            kwargs["model_init"] = wrapped_init(kwargs["model_init"], wrap)
         super().__init__(
             model=None if model is None else wrap(model),
             args=args,
@@ -108,13 +106,8 @@ class SupervisedTrainer(Trainer):
         if hasattr(args, "check_with"):
             args.check_with([self.augmentation])
         self.compute_metrics = EvaluationMetrics(self.compute_metrics, args.batch_eval_metrics)
-        if (user_hook := self.preprocess_logits_for_metrics) is not None:
-            self.preprocess_logits_for_metrics = lambda outputs, labels: {
-                **outputs,
-                "logits": user_hook(outputs["logits"], labels),
-            }
+        self.preprocess_logits_for_metrics = of_logits(self.preprocess_logits_for_metrics)
         self._steps_per_epoch: int | None = None
-        self._num_parameters: int | None = None
         self.loss_log = LossLog()
         self._averaging = Averaging(self)
         self.add_callback(self._averaging)
@@ -152,7 +145,7 @@ class SupervisedTrainer(Trainer):
     # ---- Training ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As `Trainer.train`; ``True`` means the newest complete checkpoint.
+        """Trains; ``resume_from_checkpoint=True`` goes on from the newest complete checkpoint.
 
         Raises:
             CheckpointError: If there is none, or it does not hold every tensor of the model.
@@ -163,23 +156,16 @@ class SupervisedTrainer(Trainer):
 
     def _begin_training(self) -> None:
         self.loss_log.reset()
-        self._num_parameters = None
         if self.args.world_size > 1:
             # ranks start from one seed; left so, drop path would drop the same rows on each of them
             torch.manual_seed(self.args.seed + self.args.process_index)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """As `Trainer.training_step`, counting images."""
+        """The loss of a micro-batch after its backward pass, a scalar; images are counted."""
         if missing := [key for key in ("pixel_values", "labels") if key not in inputs]:
             raise DataError(f"training batch: expected '{missing[0]}', found {', '.join(inputs)}")
         self.loss_log.count_images(len(inputs["labels"]) * self.args.world_size)
         return super().training_step(model, inputs, num_items_in_batch)
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """As `Trainer.floating_point_ops`; the parameters are counted once, not in every step."""
-        if self._num_parameters is None:
-            self._num_parameters = self.model.num_parameters(exclude_embeddings=True)
-        return 6 * inputs["pixel_values"].numel() * self._num_parameters
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -250,7 +236,7 @@ class SupervisedTrainer(Trainer):
         self.loss_log.check_finite(self.state.global_step, self.args.output_dir)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer.log`; training logs get every loss component and the images per second since the last one."""
+        """Logs; what is said of training gets every loss component and the images per second since the last time."""
         if "loss" in logs:
             self._check_finite()
             logs.update(self.loss_log.read(self.accelerator.reduce))
@@ -264,17 +250,17 @@ class SupervisedTrainer(Trainer):
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
-        """As `Trainer.get_optimizer_cls_and_kwargs`; ``optim_args`` reach SGD too (``momentum=0.9,nesterov=true``)."""
+        """Class and settings of the optimizer; ``optim_args`` reach SGD too (``momentum=0.9,nesterov=true``)."""
         return optimizer_settings(args, model)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
-        """As `Trainer.set_initial_training_values`; keeps the optimizer steps of an epoch for the schedules."""
+        """Lengths of the training; the optimizer steps of an epoch are kept for the schedules."""
         values = super().set_initial_training_values(args, dataloader)
         self._steps_per_epoch = values[1]
         return values
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """As `Trainer.create_scheduler`; with `swa_learning_rate` the schedule approaches it from `swa_start` on."""
+        """The schedule; with `swa_learning_rate` it approaches that from `swa_start` on."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self.args.swa_learning_rate is not None:
             if self._steps_per_epoch is None:
@@ -285,21 +271,12 @@ class SupervisedTrainer(Trainer):
     # ---- Data ----
 
     def get_train_dataloader(self) -> DataLoader:
-        """As `Trainer.get_train_dataloader`.
-
-        Raises:
-            DataError: If there are fewer images than one batch.
-        """
-        placed = self.batches.place(self.train_dataset)
-        with self.batches.loading(placed), placed_images(self, placed):
-            loader = super().get_train_dataloader()
-        if hasattr(placed, "__len__") and len(loader) == 0:
-            batch = self._train_batch_size * self.args.world_size
-            raise DataError(f"0 steps: {len(placed)} training images do not fill one batch of {batch}")
-        return loader
+        """Training images, kept where they fit (`Batches`); fewer than one batch are a `DataError`."""
+        with self.batches.training_images(self):
+            return self.batches.checked(super().get_train_dataloader(), self)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As `Trainer.get_eval_dataloader`, over every image."""
+        """Images to evaluate on, every one."""
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
         dataset = self.batches.place(self.eval_dataset if eval_dataset is None else eval_dataset)
@@ -307,7 +284,7 @@ class SupervisedTrainer(Trainer):
             return super().get_eval_dataloader(dataset)
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
-        """As `Trainer.get_test_dataloader`, over every image."""
+        """Images to predict, every one."""
         dataset = self.batches.place(test_dataset)
         with self.batches.loading(dataset, every_image=True):
             return super().get_test_dataloader(dataset)
@@ -321,14 +298,14 @@ class SupervisedTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, dict[str, Tensor] | None, Tensor | None]:
-        """As `Trainer.prediction_step`; the second item holds the logits and our per-image metrics."""
+        """Loss, logits with our metrics of each image, and labels of a batch."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         return (loss, None, None) if prediction_loss_only else (loss, outputs, inputs.get("labels"))
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.evaluation_loop`; `predictions` are the logits of inference, metrics those of the main process.
+        """Evaluates; `predictions` are the logits of inference, metrics those of the main process.
 
         A user's metric may differ between processes; a run that is stopped or saved on one of them alone would hang.
         """
@@ -346,7 +323,7 @@ class SupervisedTrainer(Trainer):
     # ---- Checkpoints ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`, of the weights that are evaluated; a checkpoint keeps the raw ones as well."""
+        """Saves the weights that are evaluated; a checkpoint keeps the raw ones as well."""
         self._check_finite()
         if _internal_call and output_dir is not None:  # a checkpoint
             super().save_model(output_dir, _internal_call=True)
@@ -356,14 +333,9 @@ class SupervisedTrainer(Trainer):
                 super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        # no training_args.bin: it is a pickle that holds the Hub token
-        if not self.args.should_save:
-            return
-        directory = Path(output_dir or self.args.output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        save_module(self.accelerator.unwrap_model(self.model), directory, state_dict, main_process=True)
-        if self.processing_class is not None and not isinstance(self.processing_class, TimmWrapperImageProcessor):
-            self.processing_class.save_pretrained(directory)  # timm's lives in config.json
+        if self.args.should_save:
+            module = self.accelerator.unwrap_model(self.model)
+            save_run(module, Path(output_dir or self.args.output_dir), state_dict, self.processing_class)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # their own files, read by the module's own names

@@ -1,11 +1,13 @@
-"""The README's Python is run as it stands."""
+"""The Python of README and recipes/README is run as it stands."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[2] / "README.md"
+from tests.methods.steps import example
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -13,16 +15,19 @@ def examples(teacher, tmp_path, monkeypatch):
     (tmp_path / "outputs" / "quickstart").mkdir(parents=True)
     (tmp_path / "outputs" / "quickstart" / "teacher").symlink_to(teacher)
     monkeypatch.chdir(tmp_path)
-    return re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), flags=re.DOTALL)
+    return {
+        name: re.findall(r"```python\n(.*?)```", (ROOT / name).read_text("utf-8"), flags=re.DOTALL)
+        for name in ("README.md", "recipes/README.md")
+    }
 
 
 def run(source, namespace):
-    exec(compile(source, str(README), "exec"), namespace)
+    exec(compile(source, "README.md", "exec"), namespace)
     return namespace
 
 
 def test_a_ready_pipeline_is_evaluated_as_the_readme_shows(examples):
-    evaluation, *_ = examples
+    *_, evaluation = examples["recipes/README.md"]
     namespace = run(evaluation, {})
     answers = namespace["classifier"](list(namespace["images"]), top_k=1)
     labels = namespace["digits"].target[1500:].tolist()
@@ -33,10 +38,26 @@ def test_a_ready_pipeline_is_evaluated_as_the_readme_shows(examples):
 
 def test_both_trainers_work_with_the_users_own_parts_as_the_readme_shows(examples):
     namespace = {}
-    _, *trainers = examples
+    *trainers, _ = examples["recipes/README.md"]
     assert len(trainers) == 2
     for source in trainers:
         trainer = run(source, namespace)["trainer"]
         metrics = trainer.evaluate()
         assert metrics["eval_errors"] == round((1 - metrics["eval_accuracy"]) * 297)
         assert namespace["teacher"].training is False
+
+
+def test_the_readmes_ten_lines_distil_and_evaluate(examples):
+    lines, _ = examples["README.md"]
+    trainer = run(lines, {})["trainer"]
+    assert {"kd_loss", "cka_loss", "task_loss"} <= {key for entry in trainer.state.log_history for key in entry}
+    assert trainer.evaluate()["eval_accuracy"] > 0.1
+
+
+def test_the_readmes_method_is_a_method(examples):
+    _, source = examples["README.md"]
+    kind = run(source, {})["Similarity"](similarity_weight=1.0)
+    loss = kind.loss(*example(kind))
+    assert loss.ndim == 0
+    assert loss > 0
+    assert kind.describe().format(similarity_weight=1.0) == "difference between similarities of images (weight 1)"
