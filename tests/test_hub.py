@@ -31,7 +31,7 @@ from hf_ihb.hub import (
 )
 from hf_ihb.redaction import find_leaks, machine_folders
 from tests.conftest import TOKEN
-from tests.test_model_card import records
+from tests.model_card.records import records
 from tests.test_redaction import chunk
 
 REPO = "me/student"

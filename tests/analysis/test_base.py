@@ -13,7 +13,7 @@ from hf_ihb.errors import DataError, ModelLoadError
 from hf_ihb.hub import run_card
 from hf_ihb.model_card import PLOTS
 from tests.analysis.conftest import SHAPE, measure, subject
-from tests.test_model_card import records
+from tests.model_card.records import records
 
 ALL = ",".join(ANALYSES)
 
