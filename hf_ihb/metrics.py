@@ -30,7 +30,7 @@ class _Module(evaluate.EvaluationModule):
     Args:
         num_process: Processes that add images; more than one share files in `cache_dir`.
         keep_in_memory: Write no files; not possible with several processes.
-        **kwargs: As `evaluate.EvaluationModule` takes.
+        **kwargs: Of `evaluate.EvaluationModule`.
     """
 
     paper: str | None = None
@@ -162,7 +162,7 @@ class TopKAccuracy(_Metric):
 
     Args:
         k: Less than the number of classes.
-        **kwargs: As `evaluate.Metric` takes.
+        **kwargs: Of `evaluate.Metric`.
     """
 
     needs_logits = True
@@ -208,7 +208,7 @@ class ConfusionMatrix(_PerClass):
 
     Args:
         num_classes: K; of class indices it is the greatest one + 1 if not given, of logits always their number.
-        **kwargs: As `evaluate.Metric` takes.
+        **kwargs: Of `evaluate.Metric`.
     """
 
     def _measure(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, list[list[int]]]:
@@ -224,7 +224,7 @@ class PrecisionRecallF1(_PerClass):
 
     Args:
         num_classes: K; of class indices it is the greatest one + 1 if not given, of logits always their number.
-        **kwargs: As `evaluate.Metric` takes.
+        **kwargs: Of `evaluate.Metric`.
     """
 
     def _measure(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, Any]:
@@ -277,7 +277,7 @@ class ExpectedCalibrationError(_Metric):
 
     Args:
         num_bins: M.
-        **kwargs: As `evaluate.Metric` takes.
+        **kwargs: Of `evaluate.Metric`.
     """
 
     needs_logits = True
@@ -327,7 +327,7 @@ class TransferEfficiency(_Metric):
 
     Args:
         confidence_level: Of the interval of the gain, in (0, 1).
-        **kwargs: As `evaluate.Metric` takes.
+        **kwargs: Of `evaluate.Metric`.
     """
 
     scored = ("predictions", "teacher_predictions", "baseline_predictions")

@@ -210,7 +210,7 @@ class StreamedSplit(StoredSplit):
         return StreamedSplit(self.encoded.select(index), self.labels[index], self.label_names, self.num_workers)
 
     def statistics(self) -> tuple[list[float], list[float]]:
-        """As `StoredSplit.statistics`, over `STATISTICS_IMAGES` evenly spaced images where there are more."""
+        """Mean and deviation of each channel, over `STATISTICS_IMAGES` evenly spaced images where there are more."""
         return super().statistics()
 
     def fingerprint(self) -> str:
@@ -276,7 +276,7 @@ def stratified_sample(split: StoredSplit, count: int, seed: int, where: str) -> 
 
 
 def sample_of_labels(labels: Tensor, count: int | None, seed: int, where: str) -> Tensor:
-    """As `stratified_sample`, of labels ``(N,)``; `count` None is all of them."""
+    """Sorted row numbers of `count` labels ``(N,)``, every class in proportion; of all where `count` is None."""
     if count is None or count >= len(labels):
         return torch.arange(len(labels))
     return split_by_class(labels, count, seed, where)[1]

@@ -414,8 +414,8 @@ def smoothed_spectrum(
     """`spectral_density` over a grid that covers all nodes and the tails around them.
 
     Args:
-        nodes: As in `spectral_density`.
-        weights: As in `spectral_density`.
+        nodes: Eigenvalues of each start, see `spectral_density`.
+        weights: Their shares, see `spectral_density`.
         relative_sigma: Width of the Gaussian as a share of the range of the nodes (of their size, where they are all
             the same), > 0.
         num_points: Points of the grid, at least one a sigma, or peaks would fall between them.

@@ -156,7 +156,7 @@ class FlexibleDeiTForImageClassification(FlexibleDeiTPreTrainedModel):
 
         Args:
             pixel_values: Images of `num_channels` channels; a grey image may come as three equal ones.
-            **kwargs: As `DeiTModel` takes: ``output_hidden_states``, ``interpolate_pos_encoding`` and so on.
+            **kwargs: Of `DeiTModel`: ``output_hidden_states``, ``interpolate_pos_encoding`` and so on.
         """
         outputs = self.deit(pixel_values, **kwargs)
         cls_logits = self.cls_classifier(outputs.last_hidden_state[:, 0])

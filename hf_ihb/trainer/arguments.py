@@ -118,7 +118,7 @@ class SupervisedTrainingArguments(Checked, TrainingArguments):
 
     @functools.cached_property  # every step asks several times
     def device(self) -> torch.device:
-        """As `TrainingArguments.device`; without the index that one of several CPU processes is given.
+        """Where the training runs; without the index that one of several CPU processes is given.
 
         torch before 2.14 cannot load a checkpoint onto ``cpu:0``.
         """

@@ -24,7 +24,7 @@ def image_scores(outputs: StudentOutput, step: Step) -> dict[str, Tensor]:
 
 
 class EvaluationMetrics:
-    """As `compute_metrics` of a `Trainer`: means of ours over the images, then the user's.
+    """The `compute_metrics` of a `Trainer`: means of ours over the images, then the user's.
 
     Args:
         compute_metrics: The user's, of the logits of inference; None if there are none.

@@ -67,7 +67,7 @@ class LossLog:
         """Means over the window and all processes, sorted by name, and images per second; begins a new window.
 
         Args:
-            reduce: As `Accelerator.reduce`.
+            reduce: `Accelerator.reduce`.
         """
         if self._count == 0:
             return {}
