@@ -17,6 +17,7 @@ import evaluate
 import numpy as np
 from scipy import stats
 from scipy.special import log_softmax
+from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
 _CLASS = datasets.Value("int64")
 _LOGITS = datasets.Sequence(datasets.Value("float32"))
@@ -218,9 +219,8 @@ class ConfusionMatrix(_PerClass):
 class PrecisionRecallF1(_PerClass):
     """Precision, recall and F1 of each class and their means over classes, in [0, 1].
 
-    As scikit-learn's `precision_recall_fscore_support` with ``zero_division=0``: a class that is never predicted has
-    precision 0, one without images recall 0. A class that is neither predicted nor has an image is NaN and is left out
-    of the means.
+    By scikit-learn. A class that is never predicted has precision 0, one without images recall 0. A class that is
+    neither predicted nor has an image is NaN and is left out of the means.
 
     Args:
         num_classes: K; of class indices it is the greatest one + 1 if not given, of logits always their number.
@@ -229,12 +229,14 @@ class PrecisionRecallF1(_PerClass):
 
     def _measure(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, Any]:
         counts = self._counts(predictions, references)
-        right, support, predicted = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
-        seen = support + predicted > 0
-        per_class = {}
-        ratios = {"precision": (right, predicted), "recall": (right, support), "f1": (2 * right, support + predicted)}
-        for name, (part, whole) in ratios.items():
-            per_class[name] = np.where(seen, part / np.maximum(whole, 1), np.nan)
+        support, seen = counts.sum(axis=1), counts.sum(axis=1) + counts.sum(axis=0) > 0
+        found = precision_recall_fscore_support(
+            references, decisions(predictions), labels=np.arange(len(counts)), average=None, zero_division=0
+        )
+        per_class = {
+            name: np.where(seen, values, np.nan)
+            for name, values in zip(("precision", "recall", "f1"), found[:3], strict=True)
+        }
         means = {name: float(values[seen].mean()) for name, values in per_class.items()}
         lists = {name: values.tolist() for name, values in per_class.items()}
         return means | {"per_class": lists | {"support": support.tolist()}}
@@ -243,8 +245,8 @@ class PrecisionRecallF1(_PerClass):
 class MacroAUC(_Metric):
     """Area under the ROC curve of each class's probability against all other classes, mean over classes, in [0, 1].
 
-    The share of pairs of an image of the class and one of another that are in the right order, equal probabilities
-    counting half (Hanley and McNeil, 1982). NaN if a class has no image, or all of them.
+    By scikit-learn: the share of pairs of an image of the class and one of another that are in the right order, equal
+    probabilities counting half (Hanley and McNeil, 1982). NaN if a class has no image, or all of them.
     """
 
     needs_logits = True
@@ -252,12 +254,10 @@ class MacroAUC(_Metric):
     def _measure(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
         is_class = references[:, None] == np.arange(predictions.shape[1])
         inside = is_class.sum(axis=0)
-        outside = len(references) - inside
-        if not (inside * outside).all():
+        if not (inside * (len(references) - inside)).all():
             return {"auc": math.nan}
-        ranks = stats.rankdata(log_softmax(predictions, axis=1), axis=0)  # in the order of the probabilities
-        pairs = (ranks * is_class).sum(axis=0) - inside * (inside + 1) / 2
-        return {"auc": float((pairs / (inside * outside)).mean())}
+        # in the order of the probabilities, which round where logarithms do not
+        return {"auc": float(roc_auc_score(is_class, log_softmax(predictions, axis=1), average="macro"))}
 
 
 class NegativeLogLikelihood(_Metric):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import Features, Sequence, Value
+from scipy.special import log_softmax
 from scipy.stats import ttest_rel
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from hf_ihb.functional.logits import kd_divergence
 from hf_ihb.metrics import (
@@ -90,14 +91,17 @@ def test_top_k_is_membership_in_the_k_greatest(k, logits, labels):
         assert result["top_1_accuracy"] == Accuracy().compute(predictions=logits, references=labels)["accuracy"]
 
 
-def test_precision_recall_and_f1_are_scikit_learns(logits, labels):
+def test_precision_recall_and_f1_are_ratios_of_counts(logits, labels):
     found = PrecisionRecallF1().compute(predictions=logits, references=labels)
-    *rows, support = precision_recall_fscore_support(labels, logits.argmax(1))
-    means = precision_recall_fscore_support(labels, logits.argmax(1), average="macro")
-    for name, row, mean in zip(("precision", "recall", "f1"), rows, means[:3], strict=True):
-        np.testing.assert_allclose(found["per_class"][name], row)
-        assert found[name] == pytest.approx(mean)
-    assert found["per_class"]["support"] == support.tolist()
+    pairs = list(zip(labels.tolist(), logits.argmax(1).tolist(), strict=True))
+    for k in range(CLASSES):
+        right = sum(pair == (k, k) for pair in pairs)
+        images, chosen = (sum(pair[side] == k for pair in pairs) for side in (0, 1))
+        expected = (right / chosen, right / images, 2 * right / (images + chosen))
+        assert [found["per_class"][name][k] for name in ("precision", "recall", "f1")] == pytest.approx(expected)
+        assert found["per_class"]["support"][k] == images
+    for name in ("precision", "recall", "f1"):
+        assert found[name] == pytest.approx(sum(found["per_class"][name]) / CLASSES)
 
 
 def test_classes_without_predictions_or_images_are_zero_and_those_without_both_are_left_out():
@@ -119,10 +123,14 @@ def test_rows_of_the_confusion_matrix_are_the_true_classes(logits, labels):
     }
 
 
-def test_auc_is_scikit_learns_with_ties_and_nan_without_a_class(logits, labels):
+def test_auc_is_the_share_of_pairs_in_order_with_ties_and_nan_without_a_class(logits, labels):
     for scores in (logits, np.repeat(logits[::2], 2, axis=0)):
-        expected = roc_auc_score(labels, probabilities(scores), multi_class="ovr", average="macro")
-        assert MacroAUC().compute(predictions=scores, references=labels)["auc"] == pytest.approx(expected, abs=1e-12)
+        shares = []
+        for k, column in enumerate(log_softmax(scores.astype(np.float64), axis=1).T):
+            differences = column[labels == k][:, None] - column[labels != k][None]
+            shares.append(((differences > 0) + 0.5 * (differences == 0)).mean())
+        found = MacroAUC().compute(predictions=scores, references=labels)["auc"]
+        assert found == pytest.approx(np.mean(shares), abs=1e-12)
     absent = labels != 3
     assert math.isnan(MacroAUC().compute(predictions=logits[absent], references=labels[absent])["auc"])
     alone = MacroAUC().compute(predictions=logits[:, :1], references=np.zeros(len(labels), int))
