@@ -172,6 +172,7 @@ def test_every_recipe_trains_one_step_and_evaluates_what_it_saves(path, images, 
     overrides = {
         "output_dir": str(tmp_path / "run"), "max_steps": 1, "per_device_train_batch_size": 4, "use_cpu": "true",
         "per_device_eval_batch_size": 10, "disable_tqdm": "true", "logging_steps": 1,
+        "analyses_after_training": "none",
     }  # fmt: skip
     if recipe["dataset_name"] != "sklearn:digits":
         overrides["dataset_name"] = str(images / recipe["dataset_name"])

@@ -20,6 +20,7 @@ TRAINING = {
     "report_to": "none",
     "disable_tqdm": True,
     "use_cpu": True,
+    "analyses_after_training": "none",
 }
 STUDENT = {
     **TRAINING, "architecture": "deit", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
