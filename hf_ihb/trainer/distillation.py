@@ -202,7 +202,8 @@ class DistillationTrainer(SupervisedTrainer):
         step = super().prepare(inputs, train)
         if train:
             step.teacher = self.teacher_side.outputs(step, shuffled=self.teacher.control == "shuffled")
-            if step.views is not None and self.args.teacher_view != "identical":
+            compares_places = self.teacher_side.layers is not None and self.args.teacher_view != "identical"
+            if step.views is not None and compares_places:
                 step.unmixed = step.views.unmixed
             if self.args.world_size > 1:
                 step.reduce, step.gather = sum_over_processes, stack_over_processes
