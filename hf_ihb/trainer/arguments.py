@@ -116,6 +116,9 @@ class SupervisedTrainingArguments(Checked, TrainingArguments):
         elif self.device.type == "cuda" and self.dataloader_pin_memory and own_config:
             self.accelerator_config.non_blocking = True  # what a batch is copied with, or every step begins with a wait
 
+    def check_with(self, others: Iterable[Any]) -> None:
+        """Refuses what contradicts other arguments of the run; labels alone contradict none."""
+
     @functools.cached_property  # every step asks several times
     def device(self) -> torch.device:
         """Where the training runs; without the index that one of several CPU processes is given.

@@ -1,18 +1,16 @@
-"""From a data set to what the student sees: where images are kept, how they are loaded, and a batch as a `Step`."""
+"""From a batch to what the student sees of it: a `Step`, of images kept on the accelerator where they fit."""
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from hf_ihb.augment import Augmenter, class_targets
 from hf_ihb.config.augmentation import AugmentationArguments
-from hf_ihb.data import ImageSplit, host_index, onto, placement, rows_onto
+from hf_ihb.data import ImageSplit, collate_images, host_index, onto, placement, rows_onto
 from hf_ihb.errors import DataError
 from hf_ihb.models.processing import PixelFormat
 from hf_ihb.step import Step, Views
@@ -42,8 +40,6 @@ class Batches:
         self._placed: dict[int, tuple[ImageSplit, ImageSplit]] = {}
         self._views_of = compiled(self._view, args)
 
-    # ---- Where images are, and how they are loaded ----
-
     def place(self, dataset: Any) -> Any:
         """Stored images on the accelerator, where they fit; any other data set as it is."""
         if not isinstance(dataset, ImageSplit):
@@ -52,51 +48,6 @@ class Batches:
             fits = placement(dataset.images.nbytes, self.args.device) == "device"
             self._placed[id(dataset)] = (dataset, dataset.to(self.args.device) if fits else dataset)
         return self._placed[id(dataset)][1]
-
-    @contextlib.contextmanager
-    def loading(self, dataset: Any, *, every_image: bool = False) -> Iterator[None]:
-        """Loader settings that fit the data; `Trainer` reads them off the arguments and takes no others.
-
-        Images on an accelerator are gathered there, by this process, and need no pinning. `dataloader_drop_last` is
-        about training; stock Trainer drops evaluation images by it as well.
-
-        Args:
-            dataset: That is about to be loaded.
-            every_image: Whether a short last batch is kept whatever the arguments say.
-        """
-        args, changed = self.args, {"dataloader_drop_last": False} if every_image else {}
-        if isinstance(dataset, ImageSplit) and dataset.images.device.type != "cpu":
-            changed |= {"dataloader_num_workers": 0, "dataloader_pin_memory": False}
-            changed |= {"dataloader_prefetch_factor": None, "dataloader_persistent_workers": False}
-        before = {name: getattr(args, name) for name in changed}
-        try:
-            vars(args).update(changed)
-            yield
-        finally:
-            vars(args).update(before)
-
-    @contextlib.contextmanager
-    def training_images(self, trainer: Trainer) -> Iterator[None]:
-        """The training set where it is kept, while `Trainer` makes a loader of it; it takes no other than its own."""
-        dataset = trainer.train_dataset
-        trainer.train_dataset = self.place(dataset)
-        try:
-            with self.loading(trainer.train_dataset):
-                yield
-        finally:
-            trainer.train_dataset = dataset
-
-    def checked(self, loader: DataLoader, trainer: Trainer) -> DataLoader:
-        """A loader of training images, which must make at least one step.
-
-        Raises:
-            DataError: If there are fewer images than one batch.
-        """
-        images = trainer.train_dataset
-        if hasattr(images, "__len__") and len(loader) == 0:
-            batch = trainer._train_batch_size * self.args.world_size
-            raise DataError(f"0 steps: {len(images)} training images do not fill one batch of {batch}")
-        return loader
 
     # ---- A batch as a step ----
 
@@ -110,8 +61,10 @@ class Batches:
             images: The training set, for mixing partners.
 
         Raises:
-            DataError: If something is missing that stored images need.
+            DataError: If something is missing that training, or stored images, need.
         """
+        if train and (missing := [key for key in ("pixel_values", "labels") if key not in inputs]):
+            raise DataError(f"training batch: expected '{missing[0]}', found {', '.join(inputs)}")
         pixels, labels = inputs["pixel_values"], inputs.get("labels")
         if pixels.dtype != torch.uint8:
             targets = self._targets(labels, None) if train else None
@@ -166,8 +119,11 @@ class Batches:
         return onto(device, rows), rows_onto(device, split.images, rows), rows_onto(device, split.labels, rows)
 
 
-def without_host_values(collate: Callable) -> Callable:
-    """A collator whose batches hold tensors alone, as the main process can hand them out to the others."""
+def image_collator(collate: Callable | None, args: TrainingArguments) -> Callable:
+    """A user's collator, or `collate_images`; of tensors alone where the main process hands out batches."""
+    collate = collate or collate_images
+    if not args.accelerator_config.dispatch_batches:
+        return collate
 
     @functools.wraps(collate)
     def collated(batch: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
     Trainer,
@@ -18,9 +19,9 @@ class Hooks(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, *args: Any, train_dataloader: DataLoader | None = None, **kwargs: Any) -> None:
         """Before the first step."""
-        self.trainer._begin_training()
+        self.trainer._begin_training(train_dataloader)
 
     def on_pre_optimizer_step(self, args: TrainingArguments, *others: Any, **kwargs: Any) -> None:
         """After the backward pass."""
@@ -30,6 +31,13 @@ class Hooks(TrainerCallback):
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """After the last step."""
         self.trainer._check_finite()
+
+
+def early_stopping(args: TrainingArguments) -> list[TrainerCallback]:
+    """The callback that `early_stopping_patience` asks for, if it does."""
+    if args.early_stopping_patience is None:
+        return []
+    return [EarlyStopping(args.early_stopping_patience, args.early_stopping_threshold)]
 
 
 class EarlyStopping(EarlyStoppingCallback):

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import DeiTForImageClassification, PreTrainedModel, TrainingArguments
 
 from hf_ihb.errors import RecipeError
@@ -172,8 +173,8 @@ class DistillationTrainer(SupervisedTrainer):
         self.prepare_teacher()
         return super().train(*args, **kwargs)
 
-    def _begin_training(self) -> None:
-        super()._begin_training()
+    def _begin_training(self, train_dataloader: DataLoader | None = None) -> None:
+        super()._begin_training(train_dataloader)
         logged = any("teacher_accuracy" in entry for entry in self.state.log_history)
         if self.teacher_scores is not None and not logged:
             self.log({"teacher_accuracy": self.teacher_accuracy})

@@ -5,9 +5,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from transformers import EvalPrediction
+from transformers import EvalPrediction, Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
+from hf_ihb.augment import class_targets
+from hf_ihb.functional.logits import task_loss
 from hf_ihb.step import Step, StudentOutput
 
 
@@ -21,6 +25,13 @@ def image_scores(outputs: StudentOutput, step: Step) -> dict[str, Tensor]:
     if outputs.cls_logits is not None:
         heads |= {"cls_accuracy": outputs.cls_logits, "distillation_accuracy": outputs.distillation_logits}
     return scores | {name: (logits.argmax(-1) == labels).float() for name, logits in heads.items()}
+
+
+def evaluation_loss(outputs: StudentOutput, step: Step) -> Tensor | None:
+    """Unsmoothed cross-entropy of the logits that inference returns, a scalar; None without labels."""
+    if step.labels is None:
+        return None
+    return task_loss([outputs.logits], class_targets(step.labels, outputs.logits.shape[1], 0, None))
 
 
 class EvaluationMetrics:
@@ -60,3 +71,20 @@ def of_logits(hook: Callable | None) -> Callable | None:
     if hook is None:
         return None
     return lambda outputs, labels: {**outputs, "logits": hook(outputs["logits"], labels)}
+
+
+def take_metrics(trainer: Trainer) -> None:
+    """Puts our metrics beside the user's, whose hooks go on seeing logits."""
+    trainer.compute_metrics = EvaluationMetrics(trainer.compute_metrics, trainer.args.batch_eval_metrics)
+    trainer.preprocess_logits_for_metrics = of_logits(trainer.preprocess_logits_for_metrics)
+
+
+def of_main_process(output: EvalLoopOutput) -> EvalLoopOutput:
+    """What an evaluation found, with logits alone as predictions, and the metrics of the main process on all.
+
+    A user's metric may differ between processes; a run that is stopped or saved on one of them alone would hang.
+    """
+    output = output._replace(metrics=broadcast_object_list([output.metrics])[0])
+    if isinstance(output.predictions, dict):
+        output = output._replace(predictions=output.predictions["logits"])
+    return output

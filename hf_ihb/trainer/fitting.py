@@ -32,6 +32,16 @@ def fit_batch_norms(trainer: Trainer) -> bool:
     return True
 
 
+def take_losses(trainer: Trainer) -> None:
+    """Tells a `Trainer` what it would otherwise do to losses and labels, and what is done where labels are mixed."""
+    # our losses are means over a micro-batch; saying so makes 8 x 4 images equal 32 x 1
+    trainer.model_accepts_loss_kwargs = False
+    trainer.loss_is_scaled_for_ga = False
+    trainer.label_smoother = None
+    if trainer.args.label_names is None:
+        trainer.label_names = ["labels"]
+
+
 def lay_out(model: nn.Module) -> None:
     """Gives weights of convolutions that look beside their own place the layout they run fastest in.
 

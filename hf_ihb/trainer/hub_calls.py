@@ -62,6 +62,8 @@ class HubCalls:
             dataset: Likewise, where there are no `dataset_tags`.
             dataset_args: Not used.
         """
+        if not self.trainer.is_world_process_zero():
+            return
         self.publishing.write_card(
             language=language,
             license=license,
@@ -114,14 +116,14 @@ class HubCalls:
             revision=revision or args.hub_revision,
         )
 
-    def push_checkpoint(self, weights: Path) -> None:
+    def push_checkpoint(self, folder: str) -> None:
         """Pushes in the background what was evaluated at a checkpoint, unless an earlier push is still on its way.
 
         Args:
-            weights: Folder of the student's files.
+            folder: The checkpoint.
         """
         trainer, args = self.trainer, self.trainer.args
-        if args.hub_strategy == HubStrategy.END:
+        if args.hub_strategy == HubStrategy.END or not trainer.is_world_process_zero():
             return
         running = trainer.push_in_progress
         if running is not None and running.is_done():
@@ -135,7 +137,7 @@ class HubCalls:
             blocking=False,
             token=args.hub_token,
             revision=args.hub_revision,
-            weights=weights,
+            weights=trainer.checkpoints.evaluated(Path(folder)),
         )
         trainer.push_in_progress = trainer.push_in_progress or PushInProgress([])
         trainer.push_in_progress.jobs.append(job)

@@ -1,8 +1,9 @@
 """What is logged of the losses, added up on the device: nothing is waited for until it is read."""
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -24,16 +25,18 @@ class LossLog:
         self._num_images = 0
         self._start = time.perf_counter()
 
-    def count_images(self, number: int) -> None:
-        """Adds the images of a micro-batch of all processes."""
-        self._num_images += number
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Around what is not training: its time is taken out."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start += time.perf_counter() - started
 
-    def pause(self, seconds: float) -> None:
-        """Takes out time that was not training."""
-        self._start += seconds
-
-    def record(self, loss: Tensor, components: Mapping[str, Tensor]) -> None:
-        """Adds a micro-batch's loss and components, scalars."""
+    def record(self, loss: Tensor, components: Mapping[str, Tensor], num_images: int) -> None:
+        """Adds a micro-batch's loss and components, scalars, and the number of its images on all processes."""
+        self._num_images += num_images
         values = torch.stack([value.detach().float() for value in (loss, *components.values())])
         self._sums = values if self._sums is None else self._sums + values
         self._names = tuple(components)

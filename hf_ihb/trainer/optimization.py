@@ -9,13 +9,16 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from hf_ihb.models.student import TOKEN_PARAMETERS
 
 
-def decayed_parameters(model: nn.Module, names: list[str]) -> list[str]:
-    """Those of some parameters that are weights: no vectors, tokens or positions.
+def decayed_parameters(model: nn.Module, names: list[str], scope: str) -> list[str]:
+    """Those of some parameters that are weights: no vectors, tokens or positions; or all parameters.
 
     Args:
         model: That holds them.
         names: Of those that `Trainer` would let decay.
+        scope: A value of `weight_decay_scope`.
     """
+    if scope == "all":
+        return [name for name, _ in model.named_parameters()]
     # a ConvNeXt V2 keeps the vectors of its response normalisation as (1, 1, 1, C)
     vectors = {n for n, p in model.named_parameters() if p.ndim < 2 or (p.ndim > 2 and p.numel() == p.shape[-1])}
     return [n for n in names if n not in vectors and n.rsplit(".", 1)[-1] not in TOKEN_PARAMETERS]

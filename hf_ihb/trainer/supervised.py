@@ -1,22 +1,16 @@
 """Training on labels, and what every trainer here shares: steps, logs, evaluation, strict checkpoints."""
 
 import contextlib
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from hf_ihb.augment import class_targets
-from hf_ihb.checkpoint import checkpoint_to_resume, load_module, save_run
+from hf_ihb.checkpoint import checkpoint_to_resume
 from hf_ihb.config.augmentation import AugmentationArguments
-from hf_ihb.data import collate_images
-from hf_ihb.errors import DataError
 from hf_ihb.functional.logits import task_loss
 from hf_ihb.models.module import StudentModule
 from hf_ihb.models.processing import pixel_format
@@ -24,11 +18,13 @@ from hf_ihb.models.student import input_size
 from hf_ihb.step import Step, StudentOutput
 from hf_ihb.trainer.arguments import SupervisedTrainingArguments
 from hf_ihb.trainer.averaging import Averaging
-from hf_ihb.trainer.batches import Batches, first_batch, without_host_values
-from hf_ihb.trainer.callbacks import EarlyStopping, Hooks
-from hf_ihb.trainer.evaluating import EvaluationMetrics, image_scores, of_logits
-from hf_ihb.trainer.fitting import fit_batch_norms, lay_out, wrapped_init
+from hf_ihb.trainer.batches import Batches, first_batch, image_collator
+from hf_ihb.trainer.callbacks import Hooks, early_stopping
+from hf_ihb.trainer.checkpoints import Checkpoints
+from hf_ihb.trainer.evaluating import evaluation_loss, image_scores, of_main_process, take_metrics
+from hf_ihb.trainer.fitting import fit_batch_norms, lay_out, take_losses, wrapped_init
 from hf_ihb.trainer.hub_calls import HubCalls
+from hf_ihb.trainer.loaders import image_loader
 from hf_ihb.trainer.loss_log import LossLog
 from hf_ihb.trainer.optimization import decayed_parameters, optimizer_settings
 from hf_ihb.trainer.publishing import Publishing
@@ -71,9 +67,7 @@ class SupervisedTrainer(Trainer):
     ) -> None:
         if not isinstance(args, self.arguments_class):
             raise TypeError(f"{type(self).__name__} takes {self.arguments_class.__name__}, got {type(args).__name__}")
-        data_collator = data_collator or collate_images
-        if args.accelerator_config.dispatch_batches:  # the main process hands out tensors, and nothing else
-            data_collator = without_host_values(data_collator)
+        data_collator = image_collator(data_collator, args)
         self._pixels = None if processing_class is None else pixel_format(processing_class)
         self.augmentation = augmentation or AugmentationArguments()
         self.batches = Batches(args, self.augmentation, self._pixels, num_labels=0)
@@ -96,24 +90,16 @@ class SupervisedTrainer(Trainer):
             **kwargs,
         )
         args.set_float32_precision()
+        args.check_with([self.augmentation])
         self._autocasts = fit_batch_norms(self)
-        # our losses are means over a micro-batch; saying so makes 8 x 4 images equal 32 x 1
-        self.model_accepts_loss_kwargs = False
-        self.loss_is_scaled_for_ga = False
-        self.label_smoother = None  # smoothing is done where labels are mixed
-        if args.label_names is None:
-            self.label_names = ["labels"]
-        if hasattr(args, "check_with"):
-            args.check_with([self.augmentation])
-        self.compute_metrics = EvaluationMetrics(self.compute_metrics, args.batch_eval_metrics)
-        self.preprocess_logits_for_metrics = of_logits(self.preprocess_logits_for_metrics)
+        take_losses(self)
+        take_metrics(self)
         self._steps_per_epoch: int | None = None
         self.loss_log = LossLog()
         self._averaging = Averaging(self)
-        self.add_callback(self._averaging)
-        if args.early_stopping_patience is not None:
-            self.add_callback(EarlyStopping(args.early_stopping_patience, args.early_stopping_threshold))
-        self.add_callback(Hooks(self))
+        self.checkpoints = Checkpoints(self, self._averaging)
+        for callback in (self._averaging, *early_stopping(args), Hooks(self)):
+            self.add_callback(callback)
 
     @property
     def student(self) -> PreTrainedModel:
@@ -123,13 +109,7 @@ class SupervisedTrainer(Trainer):
     def _module(
         self, student: PreTrainedModel, args: TrainingArguments, first_batch: Callable[[], dict[str, Any]]
     ) -> StudentModule:
-        """The module that is trained.
-
-        Args:
-            student: That was passed in.
-            args: Of the training.
-            first_batch: A batch of one image, to see shapes with.
-        """
+        """The module that is trained, of the model that was passed in; a batch of one image tells shapes."""
         if not isinstance(student, PreTrainedModel):
             raise TypeError(f"expected an image classifier of transformers, got {type(student).__name__}")
         batches = self.batches
@@ -154,18 +134,13 @@ class SupervisedTrainer(Trainer):
         folder = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         return super().train(resume_from_checkpoint=folder, **kwargs)
 
-    def _begin_training(self) -> None:
+    def _begin_training(self, train_dataloader: DataLoader | None = None) -> None:
         self.loss_log.reset()
+        if train_dataloader is not None:
+            self._steps_per_epoch = self.set_initial_training_values(self.args, train_dataloader)[1]
         if self.args.world_size > 1:
             # ranks start from one seed; left so, drop path would drop the same rows on each of them
             torch.manual_seed(self.args.seed + self.args.process_index)
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """The loss of a micro-batch after its backward pass, a scalar; images are counted."""
-        if missing := [key for key in ("pixel_values", "labels") if key not in inputs]:
-            raise DataError(f"training batch: expected '{missing[0]}', found {', '.join(inputs)}")
-        self.loss_log.count_images(len(inputs["labels"]) * self.args.world_size)
-        return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -175,14 +150,12 @@ class SupervisedTrainer(Trainer):
         with self.accelerator.autocast() if self._autocasts else contextlib.nullcontext():
             outputs: StudentOutput = model(pixel_values=step.pixel_values, **self.model_inputs(step))
         if not model.training:
-            loss = None
-            if step.labels is not None:
-                loss = task_loss([outputs.logits], class_targets(step.labels, outputs.logits.shape[1], 0, None))
+            loss = evaluation_loss(outputs, step)
             return (loss, self.evaluation_outputs(outputs, step)) if return_outputs else loss
         loss, components = self.training_losses(outputs, step)
         if outputs.cls_logits is not None:  # a head that no loss uses gets a gradient as well: DDP counts on it
             loss = loss + 0 * (outputs.cls_logits.mean() + outputs.distillation_logits.mean())
-        self.loss_log.record(loss, components)
+        self.loss_log.record(loss, components, len(step.labels) * self.args.world_size)
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
     def prepare(self, inputs: dict[str, Any], train: bool) -> Step:
@@ -204,13 +177,7 @@ class SupervisedTrainer(Trainer):
         return task, {"task_loss": task}
 
     def task_loss(self, heads: Sequence[Tensor], outputs: StudentOutput, step: Step) -> Tensor:
-        """What the labels say, by `compute_loss_func` where there is one.
-
-        Args:
-            heads: Logits ``(B, K)`` of the heads that the labels teach.
-            outputs: Of the student.
-            step: Of the micro-batch.
-        """
+        """What the labels say to heads with logits ``(B, K)``, by `compute_loss_func` where there is one."""
         if self.compute_loss_func is not None:
             return self.compute_loss_func(outputs, step.labels, num_items_in_batch=None)
         return task_loss(heads, step.targets)
@@ -244,50 +211,25 @@ class SupervisedTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Parameters with weight decay: no norms, biases, tokens or positions, unless `weight_decay_scope` is 'all'."""
-        if self.args.weight_decay_scope == "all":
-            return [name for name, _ in model.named_parameters()]
-        return decayed_parameters(model, super().get_decay_parameter_names(model))
+        return decayed_parameters(model, super().get_decay_parameter_names(model), self.args.weight_decay_scope)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
         """Class and settings of the optimizer; ``optim_args`` reach SGD too (``momentum=0.9,nesterov=true``)."""
         return optimizer_settings(args, model)
 
-    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple[Any, ...]:
-        """Lengths of the training; the optimizer steps of an epoch are kept for the schedules."""
-        values = super().set_initial_training_values(args, dataloader)
-        self._steps_per_epoch = values[1]
-        return values
-
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """The schedule; with `swa_learning_rate` it approaches that from `swa_start` on."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self.args.swa_learning_rate is not None:
-            if self._steps_per_epoch is None:
-                self.set_initial_training_values(self.args, self.get_train_dataloader())
-            self._averaging.anneal(scheduler, num_training_steps, self._steps_per_epoch)
+            steps_per_epoch = self.set_initial_training_values(self.args, self.get_train_dataloader())[1]
+            self._averaging.anneal(scheduler, num_training_steps, steps_per_epoch)
         return scheduler
 
-    # ---- Data ----
+    # ---- Data: `image_loader` says what differs from `Trainer`'s loaders ----
 
-    def get_train_dataloader(self) -> DataLoader:
-        """Training images, kept where they fit (`Batches`); fewer than one batch are a `DataError`."""
-        with self.batches.training_images(self):
-            return self.batches.checked(super().get_train_dataloader(), self)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Images to evaluate on, every one."""
-        if isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]
-        dataset = self.batches.place(self.eval_dataset if eval_dataset is None else eval_dataset)
-        with self.batches.loading(dataset, every_image=True):
-            return super().get_eval_dataloader(dataset)
-
-    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
-        """Images to predict, every one."""
-        dataset = self.batches.place(test_dataset)
-        with self.batches.loading(dataset, every_image=True):
-            return super().get_test_dataloader(dataset)
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
+        return image_loader(self, dataset, *args, **kwargs)
 
     # ---- Evaluation ----
 
@@ -304,51 +246,28 @@ class SupervisedTrainer(Trainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         return (loss, None, None) if prediction_loss_only else (loss, outputs, inputs.get("labels"))
 
-    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
-        """Evaluates; `predictions` are the logits of inference, metrics those of the main process.
-
-        A user's metric may differ between processes; a run that is stopped or saved on one of them alone would hang.
-        """
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates; `predictions` are the logits of inference, metrics those of the main process."""
         self._check_finite()
-        started = time.perf_counter()
-        self.compute_metrics.reset()
-        with self._averaging.applied():
-            output = super().evaluation_loop(dataloader, *args, **kwargs)
-        output = output._replace(metrics=broadcast_object_list([output.metrics])[0])
-        self.loss_log.pause(time.perf_counter() - started)
-        if isinstance(output.predictions, dict):
-            output = output._replace(predictions=output.predictions["logits"])
-        return output
+        with self.loss_log.pause(), self._averaging.applied():
+            self.compute_metrics.reset()
+            return of_main_process(super().evaluation_loop(*args, **kwargs))
 
-    # ---- Checkpoints ----
+    # ---- Checkpoints: `Checkpoints` says what each does ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the weights that are evaluated; a checkpoint keeps the raw ones as well."""
         self._check_finite()
-        if _internal_call and output_dir is not None:  # a checkpoint
-            super().save_model(output_dir, _internal_call=True)
-            self._averaging.save(Path(output_dir))
-        else:
-            with self._averaging.applied():
-                super().save_model(output_dir, _internal_call)
+        self.checkpoints.save(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if self.args.should_save:
-            module = self.accelerator.unwrap_model(self.model)
-            save_run(module, Path(output_dir or self.args.output_dir), state_dict, self.processing_class)
+        self.checkpoints.write(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # their own files, read by the module's own names
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self._averaging.load(Path(resume_from_checkpoint))
-            load_module(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
+        self.checkpoints.load(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_best_model()
-        else:
-            self._averaging.load_best(Path(self.state.best_model_checkpoint))
+        self.checkpoints.load_best()
 
     # ---- Hub: `HubCalls` says what each takes and raises ----
 
@@ -358,16 +277,14 @@ class SupervisedTrainer(Trainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Renders the card from the run's files."""
-        if self.is_world_process_zero():
-            self._hub_calls.make_card(*args, **kwargs)
+        self._hub_calls.make_card(*args, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Pushes the student, its processor, card, plots and records in one commit."""
         return self._hub_calls.push(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.is_world_process_zero():
-            self._hub_calls.push_checkpoint(self._averaging.evaluated(Path(checkpoint_folder)))
+        self._hub_calls.push_checkpoint(checkpoint_folder)
 
     def _finish_current_push(self) -> None:
         self._hub_calls.finish()

@@ -495,16 +495,27 @@ def test_loaders_of_images_on_an_accelerator_gather_in_this_process_without_pinn
     trainer = make_trainer(dataloader_num_workers=2, dataloader_prefetch_factor=4)
     elsewhere = ImageSplit(torch.empty(4, 3, 16, 16, dtype=torch.uint8, device="meta"), torch.zeros(4), ["a"])
     trainer.args.dataloader_pin_memory = True
-    with trainer.batches.loading(elsewhere):
-        args = trainer.args
-        assert (args.dataloader_num_workers, args.dataloader_prefetch_factor) == (0, None)
-        assert not args.dataloader_pin_memory
-        assert args.dataloader_drop_last
-    assert (trainer.args.dataloader_num_workers, trainer.args.dataloader_pin_memory) == (2, True)
-    with trainer.batches.loading(trainer.train_dataset, every_image=True):
-        assert trainer.args.dataloader_num_workers == 2
-        assert not trainer.args.dataloader_drop_last
-    assert trainer.args.dataloader_drop_last
+    here = trainer.get_eval_dataloader()
+    there = trainer.get_eval_dataloader(elsewhere)
+    assert (here.num_workers, here.prefetch_factor, here.pin_memory) == (2, 4, True)
+    assert (there.num_workers, there.prefetch_factor, there.pin_memory) == (0, None, False)
+
+
+def test_a_short_last_batch_is_left_out_of_training_alone(make_trainer, train_split):
+    few = train_split.select(torch.arange(7))
+    trainer = make_trainer(per_device_train_batch_size=4, per_device_eval_batch_size=4)
+    trainer.train_dataset = few
+    assert (len(trainer.get_train_dataloader()), len(trainer.get_eval_dataloader(few))) == (1, 2)
+    assert len(trainer.get_test_dataloader(few)) == 2
+
+
+def test_workers_that_stay_never_bring_the_images_of_another_data_set(make_trainer):
+    trainer = make_trainer(dataloader_num_workers=1, dataloader_persistent_workers=True)
+    few = trainer.eval_dataset.select(torch.arange(5))
+    assert trainer.evaluate()["eval_accuracy"] == trainer.evaluate(trainer.eval_dataset)["eval_accuracy"]
+    assert len(trainer.predict(few).predictions) == 5
+    by_workers = trainer.evaluate(few)["eval_loss"]
+    assert by_workers == make_trainer().evaluate(few)["eval_loss"]
 
 
 # ---- A loss that is not finite ----
