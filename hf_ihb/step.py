@@ -94,7 +94,7 @@ class StudentOutput(ModelOutput):
         final_tokens: Patch tokens ``(B, N, D)`` of the last block, after the student's final norm.
         attentions: ``(B, H, T, T)`` attention maps of each block, with gradients.
         method_heads: What the student-side head of each method that has one made of the above.
-        masked: The same of a second forward, of masked images.
+        masked: The same of another forward, of masked images, for each method that asks for one, by its name.
     """
 
     logits: Tensor | None = None
@@ -105,7 +105,7 @@ class StudentOutput(ModelOutput):
     final_tokens: Tensor | None = None
     attentions: tuple[Tensor, ...] | None = None
     method_heads: dict[str, Any] | None = None
-    masked: ModelOutput | None = None
+    masked: dict[str, ModelOutput] | None = None
 
     def distilled(self, heads: Literal["distillation", "both"]) -> tuple[Tensor, ...]:
         """``(B, K)`` logits that learn from a teacher's; of a student with one head those it has."""

@@ -142,7 +142,7 @@ class Method(Checked):
         return None
 
     def masked_pixels(self, step: Step) -> Tensor:
-        """``(B, C, H, W)`` images of the second forward, where `needs` asks for one."""
+        """``(B, C, H, W)`` images of its own second forward, where `needs` asks for one."""
         raise NotImplementedError
 
     def describe(self) -> str:

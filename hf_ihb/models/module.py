@@ -75,18 +75,18 @@ class StudentModule(PreTrainedModel):
         self,
         pixel_values: Tensor,
         teacher: TeacherOutputs | None = None,
-        masked_pixel_values: Tensor | None = None,
+        masked_pixel_values: Mapping[str, Tensor] | None = None,
     ) -> StudentOutput:
         """Everything the losses need.
 
         Args:
             pixel_values: ``(B, C, H, W)``, normalised.
             teacher: What the teacher says, for the heads of methods; they are left out without it.
-            masked_pixel_values: ``(B, C, H, W)`` of a second forward.
+            masked_pixel_values: ``(B, C, H, W)`` of another forward for each method that asks for one, by its name.
         """
         output = self._forward_student(pixel_values)
         if masked_pixel_values is not None:
-            output.masked = self._forward_student(masked_pixel_values)
+            output.masked = {name: self._forward_student(pixels) for name, pixels in masked_pixel_values.items()}
         if teacher is not None and len(self.heads):
             output.method_heads = {name: head(output, teacher) for name, head in self.heads.items()}
         return output

@@ -215,9 +215,8 @@ class DistillationTrainer(SupervisedTrainer):
         if step.teacher is None:
             return {}
         inputs: dict[str, Any] = {"teacher": step.teacher} if self._has_heads else {}
-        for method in self.methods:
-            if method.needs.masked:
-                inputs["masked_pixel_values"] = method.masked_pixels(step)
+        if masked := {m.name: m.masked_pixels(step) for m in self.methods if m.needs.masked}:
+            inputs["masked_pixel_values"] = masked
         return inputs
 
     def training_losses(self, outputs: StudentOutput, step: Step) -> tuple[Tensor, dict[str, Tensor]]:

@@ -215,7 +215,7 @@ class Curious(Method):
     def loss(self, student, step):
         parts = {
             "attention": torch.stack([a.square().mean() for a in student.attentions]).mean(),
-            "masked": (student.masked.logits - student.logits.detach()).square().mean(),
+            "masked": (student.masked[self.name].logits - student.logits.detach()).square().mean(),
             "exits": torch.stack([x.square().mean() for x in student.method_heads["curious"]]).mean(),
         }
         return sum(parts.values()), parts
@@ -237,6 +237,37 @@ def test_a_method_gets_attention_maps_with_gradients_a_masked_forward_and_exits(
     logged = next(entry for entry in trainer.state.log_history if "curious_loss" in entry)
     assert {"attention", "masked", "exits"} <= logged.keys()
     assert np.isclose(logged["curious_loss"], logged["attention"] + logged["masked"] + logged["exits"])
+
+
+@dataclass
+class Curiouser(Curious):
+    """Looks at black images."""
+
+    name: ClassVar[str] = "curiouser"
+    curiouser_weight: float = key(1.0, "Weight.", within=NON_NEGATIVE)
+
+    @property
+    def needs(self):
+        return Needs(masked=True)
+
+    def head(self, widths):
+        return None
+
+    def masked_pixels(self, step):
+        return torch.zeros_like(step.pixel_values)
+
+    def loss(self, student, step):
+        rows = student.masked[self.name].logits
+        return rows.square().mean(), {"spread_of_images": (rows - rows[:1]).abs().max()}
+
+
+def test_each_method_sees_its_own_masked_images(make_trainer, monkeypatch):
+    monkeypatch.setattr("hf_ihb.trainer.distillation.methods_of", lambda args: [Curiouser(), Curious()])
+    trainer = make_trainer(cka_weight=1.0, max_steps=1, logging_steps=1)
+    trainer.train()
+    logged = next(entry for entry in trainer.state.log_history if "curious_loss" in entry)
+    assert logged["spread_of_images"] < 1e-6  # one black image, as often as the batch is long
+    assert logged["masked"] > 1e-6
 
 
 # ---- Every method ----
