@@ -25,6 +25,10 @@ class Batches:
         augmentation: What stored images go through in training.
         pixels: How the student wants its images; None if batches bring normalised ``pixel_values``.
         num_labels: Number of classes K.
+
+    Attributes:
+        augmenter: Made with the first batch of stored images, which tells their shape; None before.
+        placed: Each split that was asked for, by its id, beside the one that is read in its place.
     """
 
     def __init__(
@@ -35,19 +39,19 @@ class Batches:
         num_labels: int,
     ) -> None:
         self.args, self.augmentation, self.pixels, self.num_labels = args, augmentation, pixels, num_labels
-        self._augmenter: Augmenter | None = None
+        self.augmenter: Augmenter | None = None
         self._partners_from: ImageSplit | None = None
-        self._placed: dict[int, tuple[ImageSplit, ImageSplit]] = {}
+        self.placed: dict[int, tuple[ImageSplit, ImageSplit]] = {}
         self._views_of = compiled(self._view, args)
 
     def place(self, dataset: Any) -> Any:
         """Stored images on the accelerator, where they fit; any other data set as it is."""
         if not isinstance(dataset, ImageSplit):
             return dataset
-        if id(dataset) not in self._placed:
+        if id(dataset) not in self.placed:
             fits = placement(dataset.images.nbytes, self.args.device) == "device"
-            self._placed[id(dataset)] = (dataset, dataset.to(self.args.device) if fits else dataset)
-        return self._placed[id(dataset)][1]
+            self.placed[id(dataset)] = (dataset, dataset.to(self.args.device) if fits else dataset)
+        return self.placed[id(dataset)][1]
 
     # ---- A batch as a step ----
 
@@ -75,7 +79,7 @@ class Batches:
             return Step(self.pixels.apply(pixels), labels, inputs=inputs)
         if inputs.get("index") is None:
             raise DataError("stored (uint8) images: expected a `StoredSplit` or batches with 'index' to augment")
-        if self._augmenter is None:
+        if self.augmenter is None:
             self._make_augmenter(pixels, self.place(images))
         # a number would be compiled into the graph, and that anew in every epoch
         number = torch.full((), int(epoch), device=pixels.device) if self.args.torch_compile else int(epoch)
@@ -91,7 +95,7 @@ class Batches:
         self, images: Tensor, index: Tensor, epoch: int | Tensor, labels: Tensor | None, partners: tuple | None
     ) -> tuple[Tensor, Views]:
         """What the student sees, and how it came about: one graph where it is compiled."""
-        views = self._augmenter(images, index, epoch, labels, partners)
+        views = self.augmenter(images, index, epoch, labels, partners)
         views.targets = self._targets(labels, views)
         return self.pixels.apply(views.seen), views
 
@@ -107,7 +111,7 @@ class Batches:
             else:
                 self._partners_from = split
         fill = self.pixels.mean[: pixels.shape[1]]  # a grey image has one channel where its processor has three
-        self._augmenter = Augmenter(self.augmentation, self.args.seed, fill, fetch, count)
+        self.augmenter = Augmenter(self.augmentation, self.args.seed, fill, fetch, count)
 
     def _partners(self, inputs: Mapping[str, Any], epoch: int) -> tuple[Tensor, Tensor, Tensor] | None:
         """Mixing partners whose images are on the host, chosen there as well: nothing is asked of the device."""
@@ -115,7 +119,7 @@ class Batches:
         if split is None or not self.augmentation.mixes:
             return None
         rows, device = torch.from_numpy(host_index(inputs)), inputs["pixel_values"].device
-        rows = self._augmenter.partners_of(rows, epoch)
+        rows = self.augmenter.partners_of(rows, epoch)
         return onto(device, rows), rows_onto(device, split.images, rows), rows_onto(device, split.labels, rows)
 
 

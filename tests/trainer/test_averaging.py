@@ -141,7 +141,7 @@ def test_batch_norm_of_an_swa_is_measured_over_augmented_training_images(make_tr
     record = Record()
     trainer = make_trainer("conv_stem", callbacks=[record], **SWA, eval_strategy="steps", eval_steps=8)
     trainer.train()  # evaluated at step 8, and not at the end
-    views = trainer.batches._augmenter(train_split.images, torch.arange(128), 2)
+    views = trainer.batches.augmenter(train_split.images, torch.arange(128), 2)
     pixels = (views.augmented.double() - 0.5) / 0.25
     for found, steps in ((record.evaluated[8], (8,)), (copied(trainer.model), (8, 10))):
         mean = mean_by_hand(record.raw, steps)

@@ -285,7 +285,7 @@ def shift_by_whole_patches(trainer):
         views, affine = crop_flip(images, torch.stack((top, left), dim=1), still, padding=4)
         return Views(as_float(images), as_float(views), affine, torch.ones(len(index)))
 
-    trainer.batches._augmenter = augment
+    trainer.batches.augmenter = augment
 
 
 def test_the_clean_view_is_misaligned_where_the_shared_one_is_not(make_trainer, make_student):

@@ -207,7 +207,7 @@ def test_each_epoch_has_views_of_its_own_the_same_for_any_batch(accumulation, ma
         views = dict(seen[128 * epoch : 128 * (epoch + 1)])
         assert len(views) == 128
         rows = torch.arange(128)
-        expected = Augmenter.__call__(trainer.batches._augmenter, trainer.train_dataset.images, rows, epoch).augmented
+        expected = Augmenter.__call__(trainer.batches.augmenter, trainer.train_dataset.images, rows, epoch).augmented
         assert torch.equal(torch.stack([views[row] for row in rows.tolist()]), expected)
 
 

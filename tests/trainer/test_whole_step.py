@@ -119,7 +119,7 @@ def move_trainer(trainer, monkeypatch, data_on=GPU):
     move(trainer.model)
     for split in (trainer.train_dataset, trainer.eval_dataset):
         moved = ImageSplit(elsewhere(split.images, data_on), elsewhere(split.labels, data_on), split.label_names)
-        trainer.batches._placed[id(split)] = (split, moved)
+        trainer.batches.placed[id(split)] = (split, moved)
     if (teacher := getattr(trainer, "teacher", None)) is not None:
         move(teacher.model)
         if teacher.permutation is not None:
