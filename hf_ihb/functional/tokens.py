@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_ihb.functional.logits import tilted_divergence
+
 # squared lengths below this are those of zero vectors, whose cosine is 0
 _TINY = 1e-16
 
@@ -167,12 +169,12 @@ def correlation_divergence(
             pairs = pairs & ~torch.eye(len(student), dtype=torch.bool, device=student.device)
         rows = pairs.any(dim=1)
 
-        def log_shares(embeddings: Tensor) -> Tensor:
-            dtype = torch.promote_types(embeddings.dtype, torch.float32)
-            unit = F.normalize(embeddings.to(dtype), dim=1)
-            # finite, so that a row without pairs has a gradient of zero rather than NaN
-            return (unit @ unit.mT / temperature).masked_fill(~pairs, torch.finfo(dtype).min).log_softmax(dim=1)
+        def similarities(embeddings: Tensor) -> Tensor:
+            unit = F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=1)
+            return unit @ unit.mT / temperature
 
-        student, teacher = log_shares(student), log_shares(teacher)
-        divergence = torch.where(pairs, teacher.exp() * (teacher - student), 0).sum(dim=1)
+        student, teacher = similarities(student), similarities(teacher)
+        # finite, so that a row without pairs has a gradient of zero rather than NaN
+        shares = teacher.masked_fill(~pairs, torch.finfo(teacher.dtype).min).log_softmax(dim=1)
+        _, divergence = tilted_divergence(shares, (student - teacher).masked_fill(~pairs, 0))
         return torch.where(rows, divergence, 0).sum() / rows.sum().clamp_min(1)

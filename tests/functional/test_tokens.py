@@ -218,6 +218,13 @@ def test_the_relation_loss_is_zero_for_a_rotation_and_for_any_length_of_each_emb
     assert correlation_divergence(teacher + 1, teacher, 0.1) > 0.01
 
 
+def test_the_relation_loss_keeps_its_digits_at_high_temperatures(generator):
+    student, teacher = torch.randn(2, 12, 6, generator=generator)
+    for temperature in (1.0, 1e3):
+        exact = correlation_divergence(student.double(), teacher.double(), temperature).item()
+        assert correlation_divergence(student, teacher, temperature).item() == pytest.approx(exact, rel=1e-5)
+
+
 def test_an_images_similarity_to_itself_hides_the_others(generator):
     student, teacher = torch.randn(2, 32, 64, generator=generator)
     hidden = correlation_divergence(student, teacher, 0.1, include_self=True)
