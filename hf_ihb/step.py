@@ -59,7 +59,7 @@ class TeacherTokens(NamedTuple):
 
     Attributes:
         tokens: ``(B, N, D)``, or their `TokenGram` where that is all that is asked for.
-        mask: ``(B, N)`` bool, false where a token would lie outside the teacher's image.
+        mask: ``(B, N)`` in [0, 1], how much of each token lies inside the teacher's image.
     """
 
     tokens: Tensor | TokenGram
