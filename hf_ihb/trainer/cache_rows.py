@@ -53,8 +53,8 @@ class Layout:
     """How what a teacher says of one image becomes a row.
 
     ``tokens``: patch tokens by the `Code` of their layer, half precision. ``gram``: their inner products, half
-    precision, see `hf_ihb.functional.gram`. ``logits``: class scores, float32. ``logits+tokens`` and ``logits+gram`` hold
-    scores and features, side by side as bytes.
+    precision, see `hf_ihb.functional.gram`. ``logits``: class scores, float32. ``logits+tokens`` and ``logits+gram``
+    are scores and features, side by side as bytes.
 
     Attributes:
         kind: One of the five.
