@@ -24,6 +24,7 @@ from hf_ihb.functional.attention import (
     attention_statistics,
     uniform_attention_distance,
 )
+from hf_ihb.models.features import vision_config
 
 # Parameters that ViTs of transformers and timm put before the patches; where there is a cls token, it comes first.
 _CLS_TOKENS = ("cls_token", "class_token", "class_embedding")
@@ -75,8 +76,7 @@ def attention_geometry(model: PreTrainedModel, pixel_values: Tensor) -> Attentio
         ModelLoadError: If the model has no patches, or they are not square.
     """
     timm_model = getattr(model, "timm_model", None)
-    config = getattr(model.config, "vision_config", model.config)
-    owner = config if timm_model is None else getattr(timm_model, "patch_embed", None)
+    owner = vision_config(model) if timm_model is None else getattr(timm_model, "patch_embed", None)
     patch = getattr(owner, "patch_size", None)
     if patch is None:
         raise _no_attention(model)

@@ -34,6 +34,7 @@ from hf_ihb.config.model import ModelArguments
 from hf_ihb.errors import ModelLoadError, RecipeError
 from hf_ihb.models.adaptive_cnn import AdaptiveCNNConfig, AdaptiveCNNForImageClassification
 from hf_ihb.models.deit import FlexibleDeiTConfig, FlexibleDeiTForImageClassification
+from hf_ihb.models.features import vision_config
 from hf_ihb.models.files import UNREADABLE, model_files
 from hf_ihb.models.processing import pixel_format, student_processor
 
@@ -372,5 +373,5 @@ def _small_convnextv2(
 
 def input_size(model: PreTrainedModel) -> tuple[int, int] | None:
     """Height and width a model takes; None where it takes any."""
-    size = getattr(model.config, "image_size", None)
+    size = getattr(vision_config(model), "image_size", None)
     return (size, size) if isinstance(size, int) else size and tuple(size)
