@@ -1,6 +1,7 @@
 """The module that is trained: student and student-side heads as one."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers.utils import ModelOutput, logging
 
 from hf_ihb.checkpoint import student_state
 from hf_ihb.errors import ModelLoadError
+from hf_ihb.models.attention import AttentionGeometry, attention_geometry, attention_seen
 from hf_ihb.models.features import FeatureMap, extract_features, final_norm
 from hf_ihb.step import StudentOutput, TeacherOutputs
 
@@ -122,6 +124,7 @@ class StudentModule(PreTrainedModel):
         self.distillation_head = distillation_head
         self._no_split_modules = block_classes(student)
         self._counts: dict[bool, int] = {}
+        self._geometries: dict[tuple[int, int], AttentionGeometry] = {}
 
     def get_input_embeddings(self) -> None:
         """None: FSDP asks for a table of words, and transformers raises where a CNN has none."""
@@ -188,8 +191,9 @@ class StudentModule(PreTrainedModel):
         # no other pixels
         pixel_values = pixel_values.to(self.student.dtype)
         layers = self.layers if self.final_layer is None else (*self.layers, self.final_layer)
-        asked = {"output_attentions": True} if self.attention else {}
-        outputs, maps = extract_features(self.student, pixel_values, layers, **asked)
+        attentions: list[Tensor] = []
+        with self._attention_to(attentions, pixel_values) if self.attention else nullcontext():
+            outputs, maps = extract_features(self.student, pixel_values, layers)
         features = tuple(m.patch_tokens for m in maps[: len(self.layers)])
         final = None if self.final_layer is None else self._final_tokens(maps[-1])
         cls_logits, distillation_logits, heads = self._class_scores(outputs, final)
@@ -200,8 +204,15 @@ class StudentModule(PreTrainedModel):
             heads=heads,
             features=features or None,
             final_tokens=None if final is None else final[:, maps[-1].num_prefix_tokens :],
-            attentions=outputs.attentions if self.attention else None,
+            attentions=tuple(attentions) or None,
         )
+
+    def _attention_to(self, attentions: list[Tensor], pixel_values: Tensor) -> AbstractContextManager:
+        """Inside, the student's attention maps go into a list."""
+        size = pixel_values.shape[-2:]
+        if size not in self._geometries:  # read off parameters, which a wrapper may shard later
+            self._geometries[size] = attention_geometry(self.student, pixel_values)
+        return attention_seen(self.student, self._geometries[size], lambda _, attention: attentions.append(attention))
 
     def _final_tokens(self, feature_map: FeatureMap) -> Tensor:
         norm = final_norm(self.student)

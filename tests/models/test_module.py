@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 from transformers import (
     AutoModelForImageClassification,
@@ -13,15 +14,19 @@ from transformers import (
     Dinov2ForImageClassification,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
     SiglipConfig,
     SiglipForImageClassification,
     SwinConfig,
     SwinForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
     ViTConfig,
     ViTForImageClassification,
 )
 
-from hf_ihb.errors import ModelLoadError
+from hf_ihb.errors import ModelLoadError, RecipeError
 from hf_ihb.models.module import StudentModule, freeze_unused
 
 PIXELS = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -139,3 +144,79 @@ def test_a_student_with_an_adapter_is_refused_in_one_line():
 def test_there_is_no_module_to_load(tmp_path):
     with pytest.raises(ModelLoadError, match=r"take AutoModelForImageClassification.from_pretrained$"):
         StudentModule.from_pretrained(tmp_path)
+
+
+# ---- Attention maps with gradients ----
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2", "dinov2 with registers", "siglip", "clip"])
+def test_maps_and_their_gradients_are_those_of_eager_attention(family):
+    student = FAMILIES[family][0]().double()
+    module = StudentModule(student, attention=True)
+    student.set_attn_implementation("eager")
+    expected = student(PIXELS.double(), output_attentions=True).attentions
+    student.set_attn_implementation("sdpa")
+    found = module(pixel_values=PIXELS.double()).attentions
+    assert student.config._attn_implementation == "sdpa"
+    assert len(found) == len(expected) == 2
+    parameters = [p for p in student.parameters() if p.ndim == 2]
+    sides = []
+    for maps in (expected, found):
+        loss = sum(((k + 1) * attention.square()).sum() for k, attention in enumerate(maps))
+        sides.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other, one)
+    assert sum(gradient is not None for gradient in sides[0]) > 4
+    for one, other in zip(*sides, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)  # eager softmax may be in float32
+
+
+def test_gradients_of_maps_survive_checkpointing_or_it_is_refused():
+    student = FAMILIES["vit"][0]()
+    module, sides = StudentModule(student, attention=True).train(), []
+    for reentrant in (None, False, True):
+        if reentrant is not None:
+            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        if reentrant:
+            with pytest.raises(RecipeError, match="key 'gradient_checkpointing_kwargs': expected"):
+                module(pixel_values=PIXELS)
+            break
+        output = module(pixel_values=PIXELS)
+        loss = output.logits.sum() + sum(attention.square().sum() for attention in output.attentions)
+        sides.append(torch.autograd.grad(loss, list(student.parameters())))
+    for one, other in zip(*sides, strict=True):
+        torch.testing.assert_close(other, one)
+
+
+def test_a_compiled_student_gives_the_same_maps_in_one_graph():
+    module = StudentModule(FAMILIES["vit"][0](), attention=True)
+    expected = module(pixel_values=PIXELS).attentions
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    found = torch.compile(module, backend=counter)(pixel_values=PIXELS).attentions
+    assert counter.frame_count == 1
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other, one)
+
+
+def test_a_student_of_timm_gives_its_maps_too_and_is_not_changed_by_being_seen():
+    config = TimmWrapperConfig(
+        architecture="vit_tiny_patch16_224",
+        model_args={"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2},
+        num_labels=4,
+    )
+    student = TimmWrapperForImageClassification(config).eval()
+    expected = student(PIXELS).logits
+    output = StudentModule(student, attention=True)(pixel_values=PIXELS)
+    assert torch.equal(output.logits, expected)
+    assert [a.shape for a in output.attentions] == [(4, 2, 17, 17)] * 2
+    torch.testing.assert_close(output.attentions[1].sum(-1), torch.ones(4, 2, 17))
+    assert output.attentions[0].requires_grad
+
+
+def test_a_student_without_attention_is_refused_before_training():
+    module = StudentModule(ResNetForImageClassification(ResNetConfig(depths=[1], hidden_sizes=[8])), attention=True)
+    with pytest.raises(ModelLoadError, match="expected a ViT with self-attention over all patches"):
+        freeze_unused(module, PIXELS[:1])
