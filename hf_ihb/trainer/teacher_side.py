@@ -173,15 +173,17 @@ class TeacherSide:
 
     def _take_statistics(self, cache: TeacherCache | None) -> None:
         self.statistics = None
+        prepares = not set(self._preparations) <= {"plain"}
         holds_tokens = cache is not None and cache.layout.kind.endswith("tokens")
-        if set(self._preparations) <= {"plain"} and not holds_tokens:
+        if not (prepares or holds_tokens):
             return
         # a cache of scores alone is not named after the layers
         kept = cache is not None and cache.layout.kind != "logits"
         statistics = cache.statistics(self.measure_statistics) if kept else self.measure_statistics()
         statistics = {name: tensor.to(self.trainer.args.device) for name, tensor in statistics.items()}
         pairs = [(statistics[f"mean.{layer}"], statistics[f"std.{layer}"]) for layer in range(len(statistics) // 2)]
-        self.statistics = pairs[: len(self.layers.teacher_layers)]
+        if prepares:
+            self.statistics = pairs[: len(self.layers.teacher_layers)]
         if holds_tokens:
             cache.codes = [Code.of(*pair) for pair in pairs]
 
