@@ -36,7 +36,7 @@ from hf_ihb.config.data import DataArguments
 from hf_ihb.data import StoredSplit, collate_images, load_image_split
 from hf_ihb.models.processing import PixelFormat
 from hf_ihb.runs.tables import markdown_table
-from hf_ihb.trainer.teacher_cache import Layout
+from hf_ihb.trainer.cache_rows import Layout
 
 SIDE = 224
 QUALITY = 90

@@ -7,6 +7,7 @@ knows both, and every tensor must be there.
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,17 @@ def save_module(module: nn.Module, directory: Path, state_dict: dict[str, Tensor
         main_process: Whether this process writes shared files.
     """
     state = module.state_dict() if state_dict is None else state_dict
-    student = {k.removeprefix(_STUDENT_PREFIX): v for k, v in state.items() if k.startswith(_STUDENT_PREFIX)}
+    student = student_state(state)
     heads = {k: v.contiguous() for k, v in state.items() if not k.startswith(_STUDENT_PREFIX)}
     module.student.save_pretrained(directory, state_dict=student, is_main_process=main_process)
     if heads and main_process:
         (directory / HEADS_FILE).parent.mkdir(parents=True, exist_ok=True)
         save_file(heads, directory / HEADS_FILE)
+
+
+def student_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The student's part of a `StudentModule`'s state, by the student's own names."""
+    return {k.removeprefix(_STUDENT_PREFIX): v for k, v in state.items() if k.startswith(_STUDENT_PREFIX)}
 
 
 def save_run(module: nn.Module, directory: Path, state_dict: dict[str, Tensor] | None, processor: Any) -> None:

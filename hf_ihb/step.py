@@ -59,7 +59,7 @@ class TeacherTokens(NamedTuple):
 
     Attributes:
         tokens: ``(B, N, D)``, or their `TokenGram` where that is all that is asked for.
-        mask: ``(B, N)`` bool, false where a token would lie outside the teacher's image.
+        mask: ``(B, N)`` in [0, 1], how much of each token lies inside the teacher's image.
     """
 
     tokens: Tensor | TokenGram
@@ -126,7 +126,7 @@ class Needs:
         preparation: What is done to the teacher's tokens before: ``centered`` takes off the mean of their position over
             the training images, ``standardized`` the mean and the deviation of each channel.
         final: Tokens of the last block of the student and of the deepest teacher layer, each after the final norm.
-        attention: Attention maps of every block of the student, with gradients; its attention is computed eagerly then.
+        attention: Attention maps of every block of the student, with gradients.
         masked: A second forward of the student, of the images that `Method.masked_pixels` returns.
         statistics: The loss is one of the batch of all processes.
     """

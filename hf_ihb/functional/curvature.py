@@ -246,7 +246,8 @@ class LanczosResult(NamedTuple):
         nodes: ``(m,)`` Ritz values, ascending; the outer ones converge to the ends of the spectrum, from inside.
         weights: ``(m,)`` in [0, 1], sum 1: with the nodes, the Gauss quadrature of the spectrum as the start vector u
             sees it, ``sum_j w_j f(theta_j) = u^T f(H) u`` for polynomials f of degree < 2 m.
-        residuals: ``(m,)`` >= 0; within this distance of its node there is an eigenvalue.
+        residuals: ``(m,)``; within this distance of its node there is an eigenvalue. Never below the rounding of the
+            products, measured by how far they are from those of a symmetric matrix.
     """
 
     nodes: Tensor
@@ -285,12 +286,21 @@ def _orthogonalized(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         return vector - correction @ basis, components + correction
 
 
-def _quadrature(diagonal: list[float], off_diagonal: list[float], remainder: float) -> LanczosResult:
-    """Eigenvalues and first and last components of the eigenvectors of the tridiagonal matrix."""
-    off = torch.tensor(off_diagonal, dtype=torch.float64)
-    tridiagonal = torch.tensor(diagonal, dtype=torch.float64).diag() + off.diag(1) + off.diag(-1)
+def _quadrature(products: Tensor, norms: list[float], rounding: float) -> LanczosResult:
+    """Eigenvalues and first and last components of the eigenvectors of the tridiagonal matrix.
+
+    Args:
+        products: ``(m, m)`` inner products of the basis with what the matrix makes of it, above the diagonal and on it.
+        norms: Of the part of each that is orthogonal to the basis so far; the last one is what remains.
+        rounding: Of one matrix-vector product.
+    """
+    products, off = products.double().cpu(), torch.tensor(norms[:-1], dtype=torch.float64)
+    tridiagonal = products.diagonal().diag() + off.diag(1) + off.diag(-1)
     nodes, vectors = torch.linalg.eigh(tridiagonal)
-    return LanczosResult(nodes, vectors[0].square(), (remainder * vectors[-1]).abs())
+    # what the products have that the tridiagonal matrix has not: in exact arithmetic nothing
+    difference = (products - tridiagonal).triu()
+    noise = ((difference + difference.mT) @ vectors).norm(dim=0) + rounding
+    return LanczosResult(nodes, vectors[0].square(), torch.hypot(norms[-1] * vectors[-1], noise))
 
 
 @torch.no_grad()
@@ -343,7 +353,7 @@ def lanczos(
     vector = _start_vector(seed, start, size, like)
     num_steps = min(num_steps, size)
     basis = like.new_empty(num_steps, size)
-    diagonal: list[float] = []
+    products = like.new_zeros(num_steps, num_steps)
     norms: list[float] = []
     scale = 0.0
     for step in range(num_steps):
@@ -351,14 +361,15 @@ def lanczos(
         product = _apply(matvec, vector)
         scale = max(scale, product.norm().item())
         vector, components = _orthogonalized(product, basis[: step + 1])
-        diagonal.append(components[-1].item())
+        products[: step + 1, step] = components
         norms.append(vector.norm().item())
         if progress is not None:
             progress(step + 1, num_steps)
         if norms[-1] <= _BREAKDOWN * torch.finfo(basis.dtype).eps * scale:
             break
         vector = vector / norms[-1]
-    return _quadrature(diagonal, norms[:-1], norms[-1])
+    count = len(norms)
+    return _quadrature(products[:count, :count], norms, torch.finfo(basis.dtype).eps * scale)
 
 
 def spectral_density(nodes: Tensor, weights: Tensor, points: Tensor, sigma: float) -> Tensor:

@@ -19,6 +19,43 @@ def _check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
         )
 
 
+# where e^u - 1 - u is summed as a series, and its last term: 2 * 0.5^12 / 14! is below the rounding of float64
+_NEAR, _LAST_TERM = 0.5, 14
+
+
+def tilted_divergence(log_probabilities: Tensor, difference: Tensor) -> tuple[Tensor, Tensor]:
+    """``KL(p || q)`` where q is p tilted by a difference of scores: ``q_i ~ p_i exp(d_i)``.
+
+    With m the mean of d under p and u = d - m it is ``log(1 + sum_i p_i (e^u_i - 1 - u_i))``. No term is negative, so
+    that nothing cancels: all digits are there where p and q are nearly the same, as they are at high temperatures. As a
+    difference of log-probabilities its terms are of the size of d, and the sum of that of d squared.
+
+    Args:
+        log_probabilities: ``(..., K)`` log p; may be -inf where d is finite.
+        difference: ``(..., K)`` d, scores of q minus scores of p, up to a constant.
+
+    Returns:
+        m ``(...)``, and the divergence ``(...)`` >= 0 in nats. Their sum is ``log(sum_i p_i exp(d_i))``.
+    """
+    p = log_probabilities.exp()
+    mean = (p * difference).sum(dim=-1, keepdim=True)
+    u = difference - mean
+    tilted = log_probabilities + u
+    total = tilted.logsumexp(dim=-1)
+    is_large = total > _NEAR  # then it is right as it is, and exponentials might not be finite
+    far = tilted.clamp_max(2 * _NEAR).exp() - p * (1 + u)
+    excess = torch.where(u.abs() < _NEAR, p * _excess(u.clamp(-_NEAR, _NEAR)), far).sum(dim=-1)
+    return mean[..., 0], torch.where(is_large, total, torch.where(is_large, 0, excess).log1p())
+
+
+def _excess(u: Tensor) -> Tensor:
+    """``e^u - 1 - u`` as a series."""
+    series = torch.ones_like(u)
+    for n in range(_LAST_TERM, 2, -1):
+        series = 1 + u / n * series
+    return u.square() / 2 * series
+
+
 def kd_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """Soft distillation: ``T^2 * KL(softmax(z_t / T) || softmax(z_s / T))``, mean over the batch.
 
@@ -40,9 +77,10 @@ def kd_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
     with torch.autocast(student_logits.device.type, enabled=False):
-        student = F.log_softmax(_float(student_logits) / temperature, dim=-1)
-        teacher = F.log_softmax(_float(teacher_logits) / temperature, dim=-1)
-        return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+        student, teacher = _float(student_logits), _float(teacher_logits)
+        log_probabilities = F.log_softmax(teacher / temperature, dim=-1)
+        _, divergence = tilted_divergence(log_probabilities, (student - teacher) / temperature)
+        return divergence.mean() * temperature**2
 
 
 def hard_distillation_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

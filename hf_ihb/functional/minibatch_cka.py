@@ -7,7 +7,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from hf_ihb.functional.similarity import _CONSTANT, _centered_rbf_gram, _float, _hsic
+from hf_ihb.functional.hsic import hsic_of_sums
+from hf_ihb.functional.similarity import _CONSTANT, _centered_rbf_gram, _float
 
 Kernel = Literal["linear", "rbf"]
 
@@ -169,12 +170,14 @@ class _Sums:
         diagonals, grams = grams.diagonal(dim1=-2, dim2=-1), grams.flatten(1)
         traces = diagonals.sum(dim=-1)
         x, y = slice(num_x), slice(0 if symmetric else num_x, None)
-        cross = _hsic(
+        cross = hsic_of_sums(
             grams[x] @ grams[y].mT, diagonals[x] @ diagonals[y].mT, torch.outer(traces[x], traces[y]), count, "debiased"
         )
         # gram by gram, for the squares of all of them at once would be as large as they are
         inner, products = torch.stack([gram @ gram for gram in grams]), diagonals.square().sum(dim=-1)
-        self_terms = torch.stack([_hsic(inner, products, traces.square(), count, e) for e in ("debiased", "biased")])
+        self_terms = torch.stack(
+            [hsic_of_sums(inner, products, traces.square(), count, e) for e in ("debiased", "biased")]
+        )
         return cls(pairs * cross, pairs * self_terms[:, x], pairs * self_terms[:, y])
 
     def __add__(self, other: "_Sums") -> "_Sums":

@@ -22,10 +22,10 @@ class Resampler:
     def __call__(
         self, tokens: Tensor | TokenGram, grid: tuple[int, int], output_grid: tuple[int, int]
     ) -> tuple[Tensor | TokenGram, Tensor]:
-        """The tokens, and ``(B, M)`` bool, true where they lie inside the teacher's image."""
+        """The tokens, and ``(B, M)`` the share of each that lies inside the teacher's image."""
         first = tokens.centered if isinstance(tokens, TokenGram) else tokens
         if self.affine is None and grid == output_grid:
-            return tokens, torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)
+            return tokens, torch.ones(first.shape[:2], device=first.device)
         if (grid, output_grid) not in self._matrices:
             affine = identity_affine(len(first), first.device) if self.affine is None else self.affine
             self._matrices[grid, output_grid] = resampling_matrix(affine, grid, output_grid)

@@ -1,4 +1,4 @@
-"""Similarity of representations: HSIC, CKA and Gram distance, in float32 whatever the autocast state.
+"""Similarity of representations: CKA and Gram distance, in float32 whatever the autocast state.
 
 Where one side is a `TokenGram`, its features are known by their inner products alone. These may have been stored in
 half precision: what centring leaves of them counts as zero below the rounding of that.
@@ -7,21 +7,19 @@ Where rows are spread over processes, `reduce` sums a tensor over them (and is d
 on all rows then is a sum of what each process computes from its own.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hf_ihb.functional.gram import TokenGram
-
-Estimator = Literal["biased", "debiased"]
-Reduce = Callable[[Tensor], Tensor]
+from hf_ihb.functional.hsic import Estimator, Reduce, feature_moments, gram_moments, share_sums
 
 # Centred features smaller than this share of the raw ones are rounding noise: the features are constant.
 _CONSTANT = 1e-6
 _CONSTANT_GRAM = 1e-3
+_TINY = 1e-12  # in the place of a divisor of 0, where what it divides is 0
 
 
 def _check_paired(x: Tensor, y: Tensor | TokenGram, mask: Tensor | None) -> None:
@@ -50,26 +48,35 @@ def _float(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _shares(x: Tensor, mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.to(x.dtype)
+
+
 def _row_count(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return torch.full(x.shape[:-2], x.shape[-2], device=x.device, dtype=x.dtype)
-    return mask.sum(dim=-1).to(x.dtype)
+    return mask.sum(dim=-1, dtype=x.dtype)
 
 
 def _centered(x: Tensor, mask: Tensor | None, reduce: Reduce | None = None) -> Tensor:
     """Features minus their mean over rows, scaled to unit root mean square; constant features become zero.
 
-    CKA ignores scale, so the scale is a constant to autograd; it keeps fourth powers inside float32's range.
+    Each row is multiplied by the root of its share, so that inner products are weighted. CKA ignores scale, so the
+    scale is a constant to autograd; it keeps fourth powers inside float32's range.
     """
     # few passes over the features: this runs for every layer of every step
-    if mask is not None:
-        x = x.masked_fill(~mask[..., None], 0)
-    total, count = x.sum(dim=-2, keepdim=True), _row_count(x, mask)[..., None, None]
+    share = _shares(x, mask)
+    if share is None:
+        total = x.sum(dim=-2, keepdim=True)
+    else:
+        x = x.masked_fill((share == 0)[..., None], 0)
+        total = (x * share[..., None]).sum(dim=-2, keepdim=True)
+    count = _row_count(x, mask)[..., None, None]
     if reduce is not None:
         total, count = reduce(torch.cat((total, count), dim=-1)).split((x.shape[-1], 1), dim=-1)
-    centered = x - total / count.clamp_min(1)
-    if mask is not None:
-        centered = centered.masked_fill(~mask[..., None], 0)
+    centered = x - total / count.clamp_min(_TINY)
+    if share is not None:
+        centered = centered * share.sqrt()[..., None]
     with torch.no_grad():
         largest, size = (part.abs().amax(dim=(-2, -1), keepdim=True) for part in (x, centered))
         scale = size * (centered / torch.where(size == 0, 1, size)).square().mean(dim=(-2, -1), keepdim=True).sqrt()
@@ -84,7 +91,7 @@ def centered_gram(x: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Args:
         x: ``(..., N, P)``, row i is sample or token i.
-        mask: ``(..., N)`` bool, false rows are left out.
+        mask: ``(..., N)`` share of each row in [0, 1], or bool; rows are multiplied by its root.
 
     Returns:
         ``(..., N, N)`` float32 (float64 for float64), scaled so that the mean squared centred feature is 1; zero for
@@ -107,98 +114,15 @@ def _centered_features_gram(x: Tensor | TokenGram, mask: Tensor | None) -> Tenso
 
 
 def _centered_kernel(kernel: Tensor, mask: Tensor | None) -> Tensor:
-    """``H K H`` over the rows and columns that take part, 0 in the others."""
+    """``H K H`` over the rows and columns that take part, by the roots of their shares; 0 in the others."""
     if mask is None:
         rows = kernel.mean(dim=-1, keepdim=True)
         return kernel - rows - rows.mT + rows.mean(dim=-2, keepdim=True)
-    kept = mask.to(kernel.dtype)[..., None]
-    count = kept.sum(dim=-2, keepdim=True).clamp_min(1)
-    rows = kernel @ kept / count
-    center = (rows * kept).sum(dim=-2, keepdim=True) / count
-    return (kernel - rows - rows.mT + center) * kept * kept.mT
-
-
-def hsic(
-    inner: Tensor, diagonal_x: Tensor, diagonal_y: Tensor, count: Tensor, estimator: Estimator = "biased"
-) -> Tensor:
-    """Hilbert-Schmidt independence criterion of two *centred* Gram matrices K and L.
-
-    The unbiased estimator of Song et al. needs K and L with zeroed diagonals; because rows of a centred Gram matrix
-    sum to zero, it only depends on ``<K, L>`` and on both diagonals.
-
-    Args:
-        inner: ``(...)`` the Frobenius inner product of K and L.
-        diagonal_x: ``(..., N)`` diagonal of K.
-        diagonal_y: ``(..., N)`` diagonal of L.
-        count: ``(...)`` number of rows n that take part; >= 4 for ``debiased``.
-        estimator: ``biased`` divides by (n - 1)^2, ``debiased`` is unbiased and may be negative.
-
-    Returns:
-        ``(...)``.
-
-    References:
-        Gretton et al., 2005; Song et al., 2012, Feature Selection via Dependence Maximization, eq. 5
-    """
-    return _hsic(inner, (diagonal_x * diagonal_y).sum(-1), diagonal_x.sum(-1) * diagonal_y.sum(-1), count, estimator)
-
-
-def _hsic(inner: Tensor, products: Tensor, traces: Tensor, count: Tensor, estimator: Estimator) -> Tensor:
-    if estimator == "biased":
-        return inner / (count - 1).clamp_min(1).square()
-    n = count.clamp_min(4)
-    return (inner - products * n / (n - 2) + traces / ((n - 1) * (n - 2))) / (n * (n - 3))
-
-
-class _Moments(NamedTuple):
-    """What HSIC needs of two centred kernels K and L; each but the count for the pairs (K, L), (K, K) and (L, L)."""
-
-    inners: Sequence[Tensor]
-    products: Sequence[Tensor]
-    traces: Sequence[Tensor]
-    count: Tensor
-
-    def cka(self, estimator: Estimator) -> Tensor:
-        terms = zip(self.inners, self.products, self.traces, strict=True)
-        cross, self_x, self_y = (_hsic(*term, self.count, estimator) for term in terms)
-        # a self-term that is not clearly positive leaves the ratio undefined; keep its gradient out as well
-        floor_x, floor_y = (_hsic(i, i, i, self.count, "biased") * _CONSTANT for i in self.inners[1:])
-        defined = (self_x > floor_x) & (self_y > floor_y)
-        if estimator == "debiased":
-            defined = defined & (self.count >= 4)
-        ratio = cross / torch.where(defined, self_x * self_y, 1).sqrt()
-        return torch.where(defined, ratio, 0.0 if estimator == "biased" else torch.nan)
-
-
-def _gram_moments(gram_x: Tensor, gram_y: Tensor, count: Tensor) -> _Moments:
-    pairs = ((gram_x, gram_y), (gram_x, gram_x), (gram_y, gram_y))
-    diagonals = [(a.diagonal(dim1=-2, dim2=-1), b.diagonal(dim1=-2, dim2=-1)) for a, b in pairs]
-    return _Moments(
-        [torch.linalg.vecdot(a.flatten(-2), b.flatten(-2)) for a, b in pairs],
-        [torch.linalg.vecdot(a, b) for a, b in diagonals],
-        [a.sum(dim=-1) * b.sum(dim=-1) for a, b in diagonals],
-        count,
-    )
-
-
-def _feature_moments(x: Tensor, y: Tensor, count: Tensor, reduce: Reduce | None) -> _Moments:
-    """Of linear kernels, from sums over rows alone: ``<K, L> = |X^T Y|^2``, and the diagonals are squared lengths."""
-    pairs = ((x, y), (x, x), (y, y))
-    dx, dy = x.square().sum(dim=-1), y.square().sum(dim=-1)
-    sums = [a.mT @ b for a, b in pairs]
-    sums += [torch.stack((dx * dy, dx * dx, dy * dy, dx, dy), dim=-1).sum(dim=-2), count[..., None]]
-    if reduce is not None:  # one collective for all of them
-        shapes = [t.shape for t in sums]
-        flat = [t.flatten(count.ndim) for t in sums]
-        parts = reduce(torch.cat(flat, dim=-1)).split([t.shape[-1] for t in flat], dim=-1)
-        sums = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
-    *cross, diagonals, count = sums
-    trace_x, trace_y = diagonals[..., 3], diagonals[..., 4]
-    return _Moments(
-        [c.square().sum(dim=(-2, -1)) for c in cross],
-        diagonals[..., :3].unbind(dim=-1),
-        [trace_x * trace_y, trace_x.square(), trace_y.square()],
-        count[..., 0],
-    )
+    share = mask.to(kernel.dtype)[..., None]
+    count = share.sum(dim=-2, keepdim=True).clamp_min(_TINY)
+    rows = kernel @ share / count
+    center = (rows * share).sum(dim=-2, keepdim=True) / count
+    return (kernel - rows - rows.mT + center) * (share * share.mT).sqrt()
 
 
 def linear_cka(
@@ -219,7 +143,7 @@ def linear_cka(
         x: ``(..., N, P)``, row i is sample or token i.
         y: ``(..., N, Q)``, the same rows; Q may differ from P. Or a `TokenGram` of them.
         estimator: ``biased`` or ``debiased``.
-        mask: ``(..., N)`` bool, false rows are left out.
+        mask: ``(..., N)`` share of each row in [0, 1], or bool.
         reduce: Sums over processes where the rows here are a part of them; only ``P x P``, ``P x Q`` and ``Q x Q``
             matrices and a few sums are exchanged.
 
@@ -238,12 +162,12 @@ def linear_cka(
     with torch.autocast(x.device.type, enabled=False):
         if isinstance(y, TokenGram):
             grams = (_centered_features_gram(x, mask), _centered_features_gram(y, mask))
-            return _gram_moments(*grams, _row_count(x, mask)).cka(estimator)
+            return gram_moments(*grams, share_sums(x, mask)).cka(estimator)
         x, y = _centered(x, mask, reduce), _centered(y, mask, reduce)
-        count, (rows, p), q = _row_count(x, mask), x.shape[-2:], y.shape[-1]
+        sums, (rows, p), q = share_sums(x, mask), x.shape[-2:], y.shape[-1]
         if reduce is None and rows * (p + q) <= p**2 + q**2 + p * q:  # the Gram form is cheaper
-            return _gram_moments(x @ x.mT, y @ y.mT, count).cka(estimator)
-        return _feature_moments(x, y, count, reduce).cka(estimator)
+            return gram_moments(x @ x.mT, y @ y.mT, sums).cka(estimator)
+        return feature_moments(x, y, sums, reduce).cka(estimator)
 
 
 def rbf_cka(
@@ -262,7 +186,7 @@ def rbf_cka(
         x: ``(..., N, P)``, row i is sample or token i.
         y: ``(..., N, Q)``, the same rows; Q may differ from P. Or a `TokenGram` of them.
         estimator: ``biased`` or ``debiased``.
-        mask: ``(..., N)`` bool, false rows are left out.
+        mask: ``(..., N)`` share of each row in [0, 1], or bool.
         bandwidth: sigma in median distances, > 0.
 
     Returns:
@@ -276,15 +200,16 @@ def rbf_cka(
     """
     x, y = _checked(x, y, mask, estimator)
     with torch.autocast(x.device.type, enabled=False):
-        grams = [_centered_features_gram(features, mask) for features in (x, y)]
+        taken = None if mask is None else mask > 0
+        grams = [_centered_features_gram(features, taken) for features in (x, y)]
         grams = [_centered_rbf_gram(gram, mask, bandwidth) for gram in grams]
-        return _gram_moments(*grams, _row_count(x, mask)).cka(estimator)
+        return gram_moments(*grams, share_sums(x, mask)).cka(estimator)
 
 
 def _centered_rbf_gram(inner: Tensor, mask: Tensor | None, bandwidth: float) -> Tensor:
     """Of the linear Gram matrix of the same features; zero where half of the distances are 0."""
     lengths = inner.diagonal(dim1=-2, dim2=-1)
-    pairs = torch.ones_like(inner, dtype=torch.bool) if mask is None else mask[..., :, None] & mask[..., None, :]
+    pairs = torch.ones_like(inner, dtype=torch.bool) if mask is None else (mask[..., :, None] * mask[..., None, :]) > 0
     others = pairs & ~torch.eye(inner.shape[-1], dtype=torch.bool, device=inner.device)
     # a row's distance to itself is 0, whatever rounding says
     squared = torch.where(others, (lengths[..., :, None] + lengths[..., None, :] - 2 * inner).clamp_min(0), 0)
@@ -303,7 +228,7 @@ def published_cka(x: Tensor, y: Tensor | TokenGram, *, mask: Tensor | None = Non
     Args:
         x: ``(..., N, P)``, row i is sample or token i.
         y: ``(..., N, Q)``, the same rows; Q may differ from P. Or a `TokenGram` of them.
-        mask: ``(..., N)`` bool, false rows are left out.
+        mask: ``(..., N)`` share of each row in [0, 1], or bool.
 
     Returns:
         ``(...)`` float32 (float64 for float64), in [0, 1).
@@ -314,13 +239,14 @@ def published_cka(x: Tensor, y: Tensor | TokenGram, *, mask: Tensor | None = Non
     x, y = _checked(x, y, mask, "biased")
     with torch.autocast(x.device.type, enabled=False):
         count = _row_count(x, mask).clamp_min(2)
-        kept = torch.ones_like(x[..., :1]) if mask is None else mask[..., None].to(x.dtype)
+        share = torch.ones_like(x[..., :1]) if mask is None else mask[..., None].to(x.dtype)
 
         def gram(features: Tensor | TokenGram) -> Tensor:
             if isinstance(features, TokenGram):
                 return _centered_kernel(_cosines(features), mask) / (count - 1)[..., None, None]
-            unit = F.normalize(torch.where(kept > 0, features, 0), dim=-1)
-            centered = (unit - unit.sum(dim=-2, keepdim=True) / count[..., None, None]) * kept
+            unit = F.normalize(torch.where(share > 0, features, 0), dim=-1)
+            mean = (unit * share).sum(dim=-2, keepdim=True) / count[..., None, None]
+            centered = (unit - mean) * share.sqrt()
             return centered @ centered.mT / (count - 1)[..., None, None]
 
         gram_x, gram_y = gram(x), gram(y)
@@ -353,7 +279,7 @@ def gram_distance(
     Args:
         x: ``(..., N, P)``, row i is sample or token i.
         y: ``(..., N, Q)``, the same rows; Q may differ from P. Or a `TokenGram` of them.
-        mask: ``(..., N)`` bool, false rows are left out.
+        mask: ``(..., N)`` share of each row in [0, 1], or bool.
         normalization: ``mean_square``: ``|G_x - G_y|_F^2 / N^2``; ``published``: ``|G_x - G_y|_F / N^2``, as in the
             published study, which falls as 1 / N.
 
@@ -372,8 +298,10 @@ def gram_distance(
     with torch.autocast(x.device.type, enabled=False):
         difference = _cosines(x) - _cosines(y)
         if mask is not None:
-            difference = torch.where(mask[..., :, None] & mask[..., None, :], difference, 0)
-        entries = _row_count(x, mask).clamp_min(1).square()
+            share = mask.to(difference.dtype)
+            pair = share[..., :, None] * share[..., None, :]
+            difference = torch.where(pair > 0, difference * pair.sqrt(), 0)
+        entries = _row_count(x, mask).clamp_min(_TINY).square()
         if normalization == "published":  # this norm has a gradient of 0 at 0, the root of a sum has none
             return torch.linalg.vector_norm(difference, dim=(-2, -1)) / entries
         return difference.square().sum(dim=(-2, -1)) / entries

@@ -4,8 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_ihb.functional.constants import constant, table
+from hf_ihb.functional.logits import tilted_divergence
+
 # squared lengths below this are those of zero vectors, whose cosine is 0
 _TINY = 1e-16
+# a side of a token is cut into so many, to see how much of a turned one lies inside
+_PIECES = 4
+_ROUNDING = 1e-4
 
 
 def resampling_matrix(affine: Tensor, grid: tuple[int, int], output_grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -18,29 +24,66 @@ def resampling_matrix(affine: Tensor, grid: tuple[int, int], output_grid: tuple[
 
     Returns:
         R ``(B, M, N)`` float32, rows sum to 1 (the border value is repeated outside the outermost token centres);
-        and ``(B, M)`` bool, true where the centre of the output token lies inside the input image.
+        and ``(B, M)`` float32, the share of each output token's area that lies inside the input image, see
+        `inside_share`.
     """
-    device = affine.device
-
-    def centers(count: int) -> Tensor:
-        return (2 * torch.arange(count, device=device) + 1) / count - 1
-
-    y, x = torch.meshgrid(centers(output_grid[0]), centers(output_grid[1]), indexing="ij")
-    points = torch.stack((x.flatten(), y.flatten(), torch.ones_like(x).flatten()))  # (3, M)
-    source = affine.float() @ points  # (B, 2, M): x, y in [-1, 1] where inside
-    # rounding must not decide what is inside
-    inside = (source.abs() <= 1 + 1e-6).all(dim=1)
+    source = affine.float() @ _token_centers(output_grid, 1, affine.device)  # (B, 2, M): x, y in [-1, 1] where inside
 
     def taps(coordinate: Tensor, count: int) -> Tensor:
         position = (((coordinate + 1) * count - 1) / 2).clamp(0, count - 1)
-        return (1 - (position[..., None] - torch.arange(count, device=device)).abs()).clamp_min(0)  # (B, M, count)
+        return (1 - (position[..., None] - torch.arange(count, device=affine.device)).abs()).clamp_min(0)
 
-    columns, rows = taps(source[:, 0], grid[1]), taps(source[:, 1], grid[0])
-    return (rows[..., :, None] * columns[..., None, :]).flatten(2), inside
+    columns, rows = taps(source[:, 0], grid[1]), taps(source[:, 1], grid[0])  # (B, M, count)
+    return (rows[..., :, None] * columns[..., None, :]).flatten(2), inside_share(affine, output_grid)
+
+
+def inside_share(affine: Tensor, grid: tuple[int, int]) -> Tensor:
+    """How much of each token of a view lies inside the image that the view was made of.
+
+    Exact for views whose sides are parallel to the image's. Turned tokens are taken apart into 4 x 4 pieces, of each of
+    which the shares along both axes are multiplied: less than 0.04 off for any angle.
+
+    Args:
+        affine: ``(B, 2, 3)``, coordinates of the view to those of the image.
+        grid: Rows and columns of the view's tokens, M in all.
+
+    Returns:
+        ``(B, M)`` float32 in [0, 1].
+    """
+    affine = affine.float()
+    pieces = affine @ _token_centers(grid, _PIECES, affine.device)  # (B, 2, M * pieces)
+    half = affine[:, :, :2].abs() @ constant(((1 / grid[1],), (1 / grid[0],)), affine.device) / _PIECES  # (B, 2, 1)
+    along = (1 - pieces.abs()) / (2 * half.clamp_min(1e-6)) + 0.5
+    along = ((1 + 2 * _ROUNDING) * along - _ROUNDING).clamp(0, 1)  # what touches the edge is inside or outside
+    return (along[:, 0] * along[:, 1]).unflatten(1, (grid[0] * grid[1], -1)).mean(dim=-1)
+
+
+@table
+def _token_centers(grid: tuple[int, int], pieces: int, device: torch.device) -> Tensor:
+    """``(3, M * pieces^2)`` x, y and 1 of the centres of the pieces of each token, token by token."""
+    y, x = (_cell_centers(count * pieces, device).unflatten(0, (count, pieces)) for count in grid)
+    shape = (*grid, pieces, pieces)
+    x, y = x[None, :, None, :].expand(shape), y[:, None, :, None].expand(shape)
+    return torch.stack((x.flatten(), y.flatten(), torch.ones(x.numel(), device=device)))
+
+
+def _cell_centers(count: int, device: torch.device) -> Tensor:
+    return (2 * torch.arange(count, device=device) + 1) / count - 1
+
+
+@table
+def _area_weights(count: int, output_count: int, device: torch.device) -> Tensor:
+    """``(output_count, count)`` share of each cell in each of fewer and larger ones, over the same length."""
+    edges = torch.arange(output_count + 1, dtype=torch.float64) * count / output_count
+    cells = torch.arange(count)
+    overlap = torch.minimum(edges[1:, None], cells + 1) - torch.maximum(edges[:-1, None], cells)
+    return (overlap.clamp_min(0) * output_count / count).float().to(device)
 
 
 def pool_tokens(tokens: Tensor, grid: tuple[int, int], output_grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
-    """Averages a token map over blocks where it is finer than the output by a whole factor.
+    """Averages a token map along each side on which it is finer than the output.
+
+    Every token counts by the area it shares with the larger one, whether or not the factor is whole.
 
     Args:
         tokens: ``(B, N, D)`` patch tokens, row by row, no prefix tokens.
@@ -48,17 +91,21 @@ def pool_tokens(tokens: Tensor, grid: tuple[int, int], output_grid: tuple[int, i
         output_grid: Rows and columns wanted in the end.
 
     Returns:
-        The tokens and their grid: `output_grid`, or as they were.
+        The tokens and their grid, on no side finer than `output_grid`.
 
     Raises:
         ValueError: If the grid does not match the number of tokens.
     """
     if grid[0] * grid[1] != tokens.shape[1]:
         raise ValueError(f"a {grid[0]} x {grid[1]} grid needs {grid[0] * grid[1]} tokens, got {tokens.shape[1]}")
-    factors = (grid[0] // output_grid[0], grid[1] // output_grid[1])
-    if max(factors) > 1 and (factors[0] * output_grid[0], factors[1] * output_grid[1]) == tuple(grid):
-        return F.avg_pool2d(tokens.mT.unflatten(2, grid), factors).flatten(2).mT, output_grid
-    return tokens, grid
+    pooled = (min(grid[0], output_grid[0]), min(grid[1], output_grid[1]))
+    if pooled == tuple(grid):
+        return tokens, grid
+    rows, columns = (
+        _area_weights(*counts, tokens.device).to(tokens.dtype) for counts in zip(grid, pooled, strict=True)
+    )
+    maps = torch.einsum("ri,bijd->brjd", rows, tokens.unflatten(1, grid))
+    return torch.einsum("cj,brjd->brcd", columns, maps).flatten(1, 2), pooled
 
 
 def resample_tokens(
@@ -66,7 +113,7 @@ def resample_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Moves a token map so that token i looks at the same place as token i of a view made by `affine`.
 
-    A map that is finer than the output by a whole factor is averaged over blocks first.
+    A map that is finer than the output is averaged first, see `pool_tokens`.
 
     Args:
         tokens: ``(B, N, D)`` patch tokens, row by row, no prefix tokens.
@@ -75,7 +122,7 @@ def resample_tokens(
         output_grid: Rows and columns wanted; `grid` if None.
 
     Returns:
-        ``(B, M, D)``, and ``(B, M)`` bool, false where the output token's centre lies outside the input image.
+        ``(B, M, D)``, and ``(B, M)`` the share of each output token that lies inside the input image.
 
     Raises:
         ValueError: If the grid does not match the number of tokens.
@@ -106,7 +153,7 @@ def token_cosine_distance(student: Tensor, teacher: Tensor, *, mask: Tensor | No
     Args:
         student: ``(B, N, D)``, already mapped to the teacher's width.
         teacher: ``(B, N, D)``, standardised.
-        mask: ``(B, N)`` bool, false tokens are left out; an image without tokens scores 1.
+        mask: ``(B, N)`` share in [0, 1] of each token in the mean, or bool; an image without tokens scores 1.
 
     Returns:
         ``(B,)`` float32 in [0, 2].
@@ -125,7 +172,8 @@ def token_cosine_distance(student: Tensor, teacher: Tensor, *, mask: Tensor | No
         cosine = dot * (own.clamp_min(_TINY) * other.clamp_min(_TINY)).rsqrt()
         if mask is None:
             return 1 - cosine.mean(dim=-1)
-        return 1 - torch.where(mask, cosine, 0).sum(dim=-1) / mask.sum(dim=-1).clamp_min(1)
+        share = mask.to(cosine.dtype)
+        return 1 - torch.where(share > 0, share * cosine, 0).sum(dim=-1) / share.sum(dim=-1).clamp_min(_TINY)
 
 
 def correlation_divergence(
@@ -167,12 +215,12 @@ def correlation_divergence(
             pairs = pairs & ~torch.eye(len(student), dtype=torch.bool, device=student.device)
         rows = pairs.any(dim=1)
 
-        def log_shares(embeddings: Tensor) -> Tensor:
-            dtype = torch.promote_types(embeddings.dtype, torch.float32)
-            unit = F.normalize(embeddings.to(dtype), dim=1)
-            # finite, so that a row without pairs has a gradient of zero rather than NaN
-            return (unit @ unit.mT / temperature).masked_fill(~pairs, torch.finfo(dtype).min).log_softmax(dim=1)
+        def similarities(embeddings: Tensor) -> Tensor:
+            unit = F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=1)
+            return unit @ unit.mT / temperature
 
-        student, teacher = log_shares(student), log_shares(teacher)
-        divergence = torch.where(pairs, teacher.exp() * (teacher - student), 0).sum(dim=1)
+        student, teacher = similarities(student), similarities(teacher)
+        # finite, so that a row without pairs has a gradient of zero rather than NaN
+        shares = teacher.masked_fill(~pairs, torch.finfo(teacher.dtype).min).log_softmax(dim=1)
+        _, divergence = tilted_divergence(shares, (student - teacher).masked_fill(~pairs, 0))
         return torch.where(rows, divergence, 0).sum() / rows.sum().clamp_min(1)

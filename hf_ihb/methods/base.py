@@ -164,7 +164,7 @@ class TokenPair(NamedTuple):
     Attributes:
         student: ``(B, N, D_s)``.
         teacher: ``(B, N, D_t)``; the token loss needs D_t = D_s. For CKA within images and Gram also their `TokenGram`.
-        mask: ``(B, N)`` bool, false where the teacher's token would lie outside its image.
+        mask: ``(B, N)`` share of each token in [0, 1]: how much of what the student's shows lies inside the image.
     """
 
     student: Tensor
@@ -172,10 +172,10 @@ class TokenPair(NamedTuple):
     mask: Tensor
 
     def image_means(self) -> tuple[Tensor, Tensor]:
-        """``(B, D_s)`` and ``(B, D_t)`` float32 means of the tokens inside."""
-        inside = self.mask.float()[..., None]
-        count = inside.sum(dim=1).clamp_min(1)
-        student, teacher = ((x.float() * inside).sum(dim=1) / count for x in (self.student, self.teacher))
+        """``(B, D_s)`` and ``(B, D_t)`` float32 means of the tokens, by their shares; 0 where there are none."""
+        share = self.mask.float()[..., None]
+        whole = share.sum(dim=1).clamp_min(1e-12)
+        student, teacher = ((x.float() * share).sum(dim=1) / whole for x in (self.student, self.teacher))
         return student, teacher
 
 

@@ -99,7 +99,7 @@ class CKA(Method):
             undefined = similarity.isnan() & (weight > 0)
             return batch_mean(1 - similarity.nan_to_num(0.0), weight), undefined.float().mean()
         if self.cka_scope == "pooled":
-            mask = (pair.mask & (weight > 0)[:, None]).flatten()
+            mask = (pair.mask * weight[:, None]).flatten()
             rows = (pair.student.flatten(0, 1), pair.teacher.flatten(0, 1))
             similarity = linear_cka(*rows, self.cka_estimator, mask=mask, reduce=step.reduce)
         else:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_ihb.config.fields import NON_NEGATIVE, POSITIVE, key
+from hf_ihb.functional.logits import tilted_divergence
 from hf_ihb.methods.logits import LogitMethod
 from hf_ihb.step import Step
 
@@ -45,10 +46,9 @@ class DKD(LogitMethod):
         """Of one head's logits ``(B, K)``."""
         labels = step.labels if step.labels.ndim == 1 else step.labels.argmax(-1)
         with torch.autocast(logits.device.type, enabled=False):
-            sides = [_split(x.float() / self.dkd_temperature, labels) for x in (logits, step.teacher.logits)]
-            divergences = [_divergence(ours, theirs) for ours, theirs in zip(*sides, strict=True)]
-            per_image = self.dkd_alpha * divergences[0] + self.dkd_beta * divergences[1]
-            return self.dkd_temperature**2 * per_image.mean()
+            student, teacher = (x.float() / self.dkd_temperature for x in (logits, step.teacher.logits))
+            binary, others = _divergences(student, teacher, labels)
+            return self.dkd_temperature**2 * (self.dkd_alpha * binary + self.dkd_beta * others).mean()
 
     def describe(self) -> str:
         """Its term of the loss."""
@@ -56,19 +56,16 @@ class DKD(LogitMethod):
         return text + "temperature {dkd_temperature:g}, weight {dkd_weight:g})"
 
 
-def _split(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities ``(B, 2)`` of the label's class and of all others, and ``(B, K)`` of the others alone.
+def _divergences(student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """``(B,)`` KL divergence of the pair (the label's class, all others), and of the others among each other."""
+    own = torch.nn.functional.one_hot(labels, teacher.shape[1]).bool()
+    difference, others = student - teacher, teacher.masked_fill(own, -torch.inf)
+    mean, among_others = tilted_divergence(others.log_softmax(dim=1), difference.masked_fill(own, 0))
 
-    The label's own place among the others is -inf.
-    """
-    own = torch.nn.functional.one_hot(labels, logits.shape[1]).bool()
-    target, others = logits.masked_fill(~own, 0).sum(dim=1, keepdim=True), logits.masked_fill(own, -torch.inf)
-    pair = torch.cat((target, others.logsumexp(dim=1, keepdim=True)), dim=1)
-    return pair.log_softmax(dim=1), others.log_softmax(dim=1)
+    def label_first(of_label: Tensor, of_others: Tensor) -> Tensor:
+        return torch.stack((of_label.masked_fill(~own, 0).sum(dim=1), of_others), dim=1)
 
-
-def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """``(B,)`` KL divergence of log-probabilities from the teacher's; what the teacher rules out adds nothing."""
-    possible = teacher > -torch.inf
-    difference = torch.where(possible, teacher, 0) - torch.where(possible, student, 0)
-    return (teacher.exp() * difference).sum(dim=1)
+    log_probabilities = label_first(teacher, others.logsumexp(dim=1)).log_softmax(dim=1)
+    # what the others' scores, taken together, differ by
+    _, binary = tilted_divergence(log_probabilities, label_first(difference, mean + among_others))
+    return binary, among_others

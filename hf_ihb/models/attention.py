@@ -6,24 +6,26 @@ names are needed. ``layer l`` is the self-attention of block l, 0-based.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hf_ihb.errors import ModelLoadError
+from hf_ihb.errors import ModelLoadError, RecipeError
 from hf_ihb.functional.attention import (
     AttentionStatistics,
     attention_map,
     attention_statistics,
     uniform_attention_distance,
 )
+from hf_ihb.models.features import vision_config
 
 # Parameters that ViTs of transformers and timm put before the patches; where there is a cls token, it comes first.
 _CLS_TOKENS = ("cls_token", "class_token", "class_embedding")
@@ -75,8 +77,7 @@ def attention_geometry(model: PreTrainedModel, pixel_values: Tensor) -> Attentio
         ModelLoadError: If the model has no patches, or they are not square.
     """
     timm_model = getattr(model, "timm_model", None)
-    config = getattr(model.config, "vision_config", model.config)
-    owner = config if timm_model is None else getattr(timm_model, "patch_embed", None)
+    owner = vision_config(model) if timm_model is None else getattr(timm_model, "patch_embed", None)
     patch = getattr(owner, "patch_size", None)
     if patch is None:
         raise _no_attention(model)
@@ -129,13 +130,33 @@ def capture_attention(
     Raises:
         ModelLoadError: If the model has no self-attention over all patches (CNNs, windowed and pooled attention).
     """
-    geometry = attention_geometry(model, pixel_values)
-    capture = _Capture(geometry, callback, _name(model))
+    with attention_seen(model, attention_geometry(model, pixel_values), callback):
+        return model(pixel_values=pixel_values, **kwargs)
+
+
+@contextmanager
+def attention_seen(
+    model: PreTrainedModel, geometry: AttentionGeometry, callback: Callable[[int, Tensor], None]
+) -> Iterator[None]:
+    """Inside, each block of the model that runs hands its attention to a callback.
+
+    Where gradients are on, they flow through the map. It is what eager attention returns, and beside the fused one: a
+    student is not run otherwise because somebody looks.
+
+    Args:
+        model: As in `capture_attention`, run once inside.
+        geometry: Its tokens, by `attention_geometry`.
+        callback: As in `capture_attention`.
+
+    Raises:
+        ModelLoadError: If the model has no self-attention over all patches.
+        RecipeError: If reentrant gradient checkpointing would take the gradients away.
+    """
+    capture = _Capture(geometry, callback, _name(model), checkpointed=model.is_gradient_checkpointing)
     with _sdpa(model), capture:
-        outputs = model(pixel_values=pixel_values, **kwargs)
+        yield
     if not capture.num_layers:
         raise _no_attention(model)
-    return outputs
 
 
 def cls_attention_maps(model: PreTrainedModel, pixel_values: Tensor, **kwargs: Any) -> list[Tensor]:
@@ -248,8 +269,11 @@ class _Sums(NamedTuple):
 class _Capture(TorchFunctionMode):
     """Hands the attention of every self-attention call to a callback, then lets the call go on."""
 
-    def __init__(self, geometry: AttentionGeometry, callback: Callable[[int, Tensor], None], name: str) -> None:
+    def __init__(
+        self, geometry: AttentionGeometry, callback: Callable[[int, Tensor], None], name: str, *, checkpointed: bool
+    ) -> None:
         super().__init__()
+        self.checkpointed = checkpointed and torch.is_grad_enabled()
         self.geometry = geometry
         self.callback = callback
         self.name = name
@@ -270,8 +294,20 @@ class _Capture(TorchFunctionMode):
                 f"{self.name}: expected attention over {self.geometry.num_tokens} tokens ({rows} x {columns} patches "
                 f"and {self.geometry.num_prefix_tokens} before them), found {query.shape[-2]}; leave attention out"
             )
-        self.callback(self.num_layers, _attention_weights(query, key, value, *args, **kwargs))
+        if self.checkpointed and not torch.is_grad_enabled():
+            raise RecipeError(
+                "key 'gradient_checkpointing_kwargs': expected {\"use_reentrant\": false} where attention is learned "
+                "from, found a reentrant one, which leaves them without gradients"
+            )
+        # what a map is made of is kept: a block that is run again does not make its map again
+        with saved_tensors_hooks(_as_it_is, _as_it_is) if self.checkpointed else nullcontext():
+            attention = _attention_weights(query, key, value, *args, **kwargs)
+        self.callback(self.num_layers, attention)
         self.num_layers += 1
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _attention_weights(
@@ -308,6 +344,9 @@ def _sdpa(model: PreTrainedModel) -> Iterator[None]:
     configs = {id(config): config for owner in owners for config in _with_parts(owner.config)}
     before = [(config, config._attn_implementation) for config in configs.values()]
     unfused = [module for module in model.modules() if getattr(module, "fused_attn", None) is False]  # timm's
+    if not unfused and all(owner.config._attn_implementation == "sdpa" for owner in owners):
+        yield
+        return
     try:
         if any(owner.config._attn_implementation != "sdpa" for owner in owners):
             _set_sdpa(model)

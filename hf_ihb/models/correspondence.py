@@ -48,7 +48,7 @@ class Correspondence:
         return maps[self.teacher_layers.index(max(self.teacher_layers))]
 
     def pool(self, maps: Sequence[FeatureMap]) -> list[Tensor]:
-        """Patch tokens ``(B, N, D)`` of the teacher's maps, averaged where they are finer by a whole factor."""
+        """Patch tokens ``(B, N, D)`` of the teacher's maps, averaged where they are finer than the student's."""
         return [pool_tokens(m.patch_tokens, m.grid, grid)[0] for m, grid in zip(maps, self.grids, strict=False)]
 
 

@@ -61,12 +61,17 @@ def extract_features(
     layers = range(depth) if layers is None else layers
     if missing := [layer for layer in layers if not 0 <= layer < depth]:
         raise ValueError(f"{type(model).__name__} has blocks 0 to {depth - 1}, not {missing[0]}")
-    return outputs, [_feature_map(states[first + layer], pixel_values, model.config) for layer in layers]
+    return outputs, [_feature_map(states[first + layer], pixel_values, vision_config(model)) for layer in layers]
+
+
+def vision_config(model: nn.Module) -> Any:
+    """The config of what sees images: a part of that of a model that was made to read as well (CLIP, SigLIP)."""
+    return getattr(model.config, "vision_config", model.config)
 
 
 def size_arguments(model: nn.Module, pixel_values: Tensor) -> dict[str, bool]:
     """What a ViT's forward must be told where the images are not of the size it was made for."""
-    size = getattr(model.config, "image_size", None)
+    size = getattr(vision_config(model), "image_size", None)
     fixed = (size, size) if isinstance(size, int) else size
     if fixed is None or tuple(pixel_values.shape[-2:]) == tuple(fixed):
         return {}
@@ -81,8 +86,9 @@ def first_block(model: nn.Module, num_states: int) -> int:
         info = list(getattr(timm_model, "feature_info", None) or [])
         module = info[0]["module"] if info and isinstance(info[0], dict) else "blocks"
         return 0 if module.startswith(_TIMM_STAGES) else 1
-    depths = getattr(model.config, "depths", None)
-    depth = len(depths) if depths is not None else model.config.num_hidden_layers
+    config = vision_config(model)
+    depths = getattr(config, "depths", None)
+    depth = len(depths) if depths is not None else config.num_hidden_layers
     return num_states - depth
 
 

@@ -33,7 +33,9 @@ import hf_ihb.models.timm_cifar  # noqa: F401  registers resnet18_cifar
 from hf_ihb.config.model import ModelArguments
 from hf_ihb.errors import ModelLoadError, RecipeError
 from hf_ihb.models.adaptive_cnn import AdaptiveCNNConfig, AdaptiveCNNForImageClassification
+from hf_ihb.models.classes import check_classes, set_classes
 from hf_ihb.models.deit import FlexibleDeiTConfig, FlexibleDeiTForImageClassification
+from hf_ihb.models.features import vision_config
 from hf_ihb.models.files import UNREADABLE, model_files
 from hf_ihb.models.processing import pixel_format, student_processor
 
@@ -82,8 +84,17 @@ def build_student(
 
     Raises:
         RecipeError: If the architecture is unknown, does not fit the image size, or has no such option.
-        ModelLoadError: If the weights cannot be loaded, or fit in nothing but name.
+        ModelLoadError: If the weights cannot be loaded, or fit in nothing but name; if the model does not answer with
+            these classes.
     """
+    model, processor = _model_and_processor(args, label_names, image_size, mean, std)
+    check_classes(model, label_names)
+    return model, processor
+
+
+def _model_and_processor(
+    args: ModelArguments, label_names: Sequence[str], image_size: tuple[int, int], mean: list[float], std: list[float]
+) -> tuple[PreTrainedModel, Any]:
     labels = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
     num_channels = len(mean)
     if num_channels == 1:
@@ -326,14 +337,16 @@ def _with_own_shape(
     args: ModelArguments, labels: dict, image_size: tuple[int, int], folder: str
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model as it was saved, behind another head if the classes differ; and the weights that are absent."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    set_classes(config, list(labels["id2label"].values()))
     model, info = AutoModelForImageClassification.from_pretrained(
         folder,
+        config=config,
         use_safetensors=True,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
         dtype=torch.float32,
         trust_remote_code=False,
-        **labels,
     )
     apply_drop_path(model, args.drop_path_rate)
     return model, [name for name in absent_weights(info) if not _is_head(name)]
@@ -361,7 +374,8 @@ def _small_convnextv2(
     )
     stem = _small_stem(args, image_size, len(config.depths))
     keeps_stem = trained.config.patch_size == stem["patch_size"]
-    for key, value in (stem | labels).items():
+    set_classes(config, list(labels["id2label"].values()))
+    for key, value in stem.items():
         setattr(config, key, value)
     model = ConvNextV2ForImageClassification(config)
     parts = ["encoder", "layernorm"] + ["embeddings"] * keeps_stem
@@ -372,5 +386,5 @@ def _small_convnextv2(
 
 def input_size(model: PreTrainedModel) -> tuple[int, int] | None:
     """Height and width a model takes; None where it takes any."""
-    size = getattr(model.config, "image_size", None)
+    size = getattr(vision_config(model), "image_size", None)
     return (size, size) if isinstance(size, int) else size and tuple(size)

@@ -105,8 +105,6 @@ class DistillationTrainer(SupervisedTrainer):
         heads = {} if layers is None else self._heads(layers, args.seed)
         final_layer = None if layers is None else layers.final_layer
         self._has_heads, attention = bool(heads), any(method.needs.attention for method in self.methods)
-        if attention:
-            student.set_attn_implementation("eager")  # others do not return their maps
         return StudentModule(
             student,
             () if layers is None else layers.student_layers,

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from hf_ihb.checkpoint import checkpoint_to_resume
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.functional.logits import task_loss
-from hf_ihb.models.module import StudentModule
+from hf_ihb.models.module import StudentModule, freeze_unused
 from hf_ihb.models.processing import pixel_format
 from hf_ihb.models.student import input_size
 from hf_ihb.step import Step, StudentOutput
@@ -76,7 +76,9 @@ class SupervisedTrainer(Trainer):
         images = train_dataset if train_dataset is not None else eval_dataset
 
         def wrap(student: Any) -> StudentModule:
-            return self._module(student, args, lambda: first_batch(images, data_collator))
+            module = self._module(student, args, lambda: first_batch(images, data_collator))
+            freeze_unused(module, self._probe(student, lambda: first_batch(images, data_collator)))
+            return module
 
         if kwargs.get("model_init") is not None:
             kwargs["model_init"] = wrapped_init(kwargs["model_init"], wrap)
@@ -117,6 +119,13 @@ class SupervisedTrainer(Trainer):
         if batches.pixels is not None:
             batches.pixels = batches.pixels._replace(size=input_size(student) or self._pixels.size)
         return StudentModule(student)
+
+    def _probe(self, student: PreTrainedModel, first_batch: Callable[[], dict[str, Any]]) -> Tensor:
+        """``(1, C, H, W)`` an image without content, to see which parameters a student uses."""
+        size = input_size(student) if self.batches.pixels is None else self.batches.pixels.size
+        if size is None:
+            return torch.zeros_like(first_batch()["pixel_values"][:1], dtype=torch.float32)
+        return torch.zeros(1, getattr(student.config, "num_channels", 3), *size)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         super()._move_model_to_device(model, device)  # not called for sharded models

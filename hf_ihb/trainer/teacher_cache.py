@@ -14,7 +14,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,9 +29,10 @@ from tqdm.auto import tqdm
 
 from hf_ihb.data.placement import readable_bytes, readable_seconds, rows_onto
 from hf_ihb.errors import CacheError
-from hf_ihb.functional.gram import TokenGram, gram_width, pack_gram, unpack_gram
+from hf_ihb.functional.gram import TokenGram
 from hf_ihb.models.teacher import Teacher
 from hf_ihb.runs.files import write_json
+from hf_ihb.trainer.cache_rows import Code, Layout
 
 FORMAT = 1
 BLOCK_ROWS = 512
@@ -40,74 +40,7 @@ DESCRIPTION_FILE, ROWS_FILE, STATISTICS_FILE = "description.json", "rows.bin", "
 _CHECKED_ROWS = 8
 _LOCK_SECONDS = 30.0
 
-Kind = Literal["tokens", "gram", "logits", "logits+tokens", "logits+gram"]
-_DTYPES = {"tokens": torch.float16, "gram": torch.float16, "logits": torch.float32}
 Compute = Callable[[Sequence[Sequence[int]]], Iterator[Tensor]]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How what a teacher says of one image becomes a row.
-
-    ``tokens``: patch tokens as they are, half precision. ``gram``: their inner products, half precision, see
-    `hf_ihb.functional.gram`. ``logits``: class scores, float32. ``logits+tokens`` and ``logits+gram`` are scores and
-    features, side by side as bytes.
-
-    Attributes:
-        kind: One of the five.
-        shapes: Class count K of the scores as ``(1, K)``, where there are any; tokens N and width D of each layer.
-    """
-
-    kind: Kind
-    shapes: tuple[tuple[int, int], ...]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of what is stored."""
-        kinds = set(self._kinds)
-        return torch.uint8 if len(kinds) > 1 else _DTYPES[kinds.pop()]
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes an image."""
-        return sum(self._bytes)
-
-    @property
-    def _kinds(self) -> list[str]:
-        """Of each part."""
-        *scores, features = self.kind.split("+")
-        return scores + [features] * (len(self.shapes) - len(scores))
-
-    @property
-    def _bytes(self) -> list[int]:
-        """Of each part."""
-        numbers = [gram_width(n) if k == "gram" else n * d for k, (n, d) in zip(self._kinds, self.shapes, strict=True)]
-        return [count * _DTYPES[kind].itemsize for kind, count in zip(self._kinds, numbers, strict=True)]
-
-    def pack(self, parts: Sequence[Tensor]) -> Tensor:
-        """``(B, 1, K)`` scores and ``(B, N, D)`` of each layer, as far as the row has them -> rows of `dtype`."""
-        numbers = [
-            (pack_gram(x) if kind == "gram" else x.flatten(1)).to(_DTYPES[kind])
-            for kind, x in zip(self._kinds, parts, strict=True)
-        ]
-        if self.dtype == torch.uint8:
-            numbers = [part.contiguous().view(torch.uint8) for part in numbers]
-        return torch.cat(numbers, dim=1)
-
-    def numbers(self, rows: Tensor) -> list[Tensor]:
-        """Rows -> for each part its numbers ``(B, n)``, as they are stored."""
-        parts = rows.split([size // self.dtype.itemsize for size in self._bytes], dim=1)
-        if self.dtype == torch.uint8:  # a part begins where its type may begin only in a tensor of its own
-            return [part.contiguous().view(_DTYPES[kind]) for kind, part in zip(self._kinds, parts, strict=True)]
-        return list(parts)
-
-    def unpack(self, rows: Tensor) -> list[Tensor | TokenGram]:
-        """Rows -> for each part ``(B, N, D)`` float32, or of inner products a `TokenGram`."""
-        parts = zip(self._kinds, self.shapes, self.numbers(rows), strict=True)
-        return [
-            unpack_gram(part, shape[0]) if kind == "gram" else part.float().unflatten(1, shape)
-            for kind, shape, part in parts
-        ]
 
 
 def cache_root(folder: str | None) -> Path:
@@ -148,6 +81,9 @@ class TeacherCache:
         description: Everything that determines the rows, as JSON; its hash names the cache.
         layout: What a row holds.
         num_rows: Number of training images.
+
+    Attributes:
+        codes: Of the tokens of each layer; to be set before rows are made or read. None for inner products and scores.
     """
 
     def __init__(self, root: Path, description: Mapping[str, Any], layout: Layout, num_rows: int) -> None:
@@ -162,6 +98,7 @@ class TeacherCache:
         canonical = json.dumps(self.description, sort_keys=True, default=str)
         self.key = hashlib.sha256(canonical.encode()).hexdigest()
         self.folder = root / self.key[:32]
+        self.codes: list[Code] = []
         self._intact: set[int] = set()
         self._rows: Tensor | None = None
 
@@ -190,7 +127,17 @@ class TeacherCache:
         here = device in (None, self.device)
         # whole rows, whatever their type
         rows = self._rows.index_select(0, index) if here else rows_onto(device, self._rows, index)
-        return self.layout.unpack(rows)
+        return self._decoded(rows)
+
+    def _decoded(self, rows: Tensor) -> list[Tensor | TokenGram]:
+        parts = self.layout.unpack(rows)
+        first = len(parts) - len(self.codes)
+        return parts[:first] + [code.read(part) for code, part in zip(self.codes, parts[first:], strict=True)]
+
+    def pack(self, scores: Tensor | None, layers: Sequence[Tensor]) -> Tensor:
+        """Rows of class scores ``(B, K)``, where there are any, and tokens ``(B, N, D)`` of each layer."""
+        layers = [code.write(x) for code, x in zip(self.codes, layers, strict=True)] if self.codes else list(layers)
+        return self.layout.pack(([] if scores is None else [scores[:, None]]) + layers)
 
     # ---- On disk ----
 
@@ -391,10 +338,11 @@ class TeacherCache:
     def _distances(self, stored: Tensor, fresh: Tensor) -> Tensor:
         """``(B,)`` relative distance of rows, of scores or of features where that is larger."""
         kinds, distances = self.layout.kind.split("+"), []
-        sides = [self.layout.numbers(rows) for rows in (stored, fresh)]
+        # of tokens as they are: their deviations from the mean may be nothing but the rounding of the teacher
+        sides = [self._decoded(rows) if self.codes else self.layout.numbers(rows) for rows in (stored, fresh)]
         for one in range(len(kinds)):
             parts = slice(0, 1) if one == 0 and len(kinds) > 1 else slice(len(kinds) - 1, None)
-            old, new = (torch.cat([part.float() for part in side[parts]], dim=1) for side in sides)
+            old, new = (torch.cat([part.float().flatten(1) for part in side[parts]], dim=1) for side in sides)
             distances.append((old - new).norm(dim=1) / new.norm(dim=1).clamp_min(1e-12))
         return torch.stack(distances).amax(dim=0)
 

@@ -21,8 +21,9 @@ from hf_ihb.models.features import FeatureMap
 from hf_ihb.runs.environment import library_versions
 from hf_ihb.step import Preparation, Step, TeacherOutputs, TeacherTokens, Views
 from hf_ihb.trainer.arguments import tokens_because
+from hf_ihb.trainer.cache_rows import Code, Kind, Layout
 from hf_ihb.trainer.compiling import compiled
-from hf_ihb.trainer.teacher_cache import Kind, Layout, TeacherCache, cache_root, describe_teacher
+from hf_ihb.trainer.teacher_cache import TeacherCache, cache_root, describe_teacher
 
 # Relative error between a row of the cache and the same row computed anew: storage and, in bfloat16, kernels that round
 # differently in another batch.
@@ -135,10 +136,14 @@ class TeacherSide:
         """Patch tokens of each layer, and last the final ones, where there are any."""
         tokens = self.layers.pool(maps)
         if self.layers.has_final:
-            deepest = self.layers.deepest(maps)
-            deepest = deepest if self.trainer.args.teacher_norm else self.trainer.teacher.normed(deepest)
-            tokens.append(pool_tokens(deepest.patch_tokens, deepest.grid, self.layers.grids[-1])[0])
+            final = self._final_map(maps)
+            tokens.append(pool_tokens(final.patch_tokens, final.grid, self.layers.grids[-1])[0])
         return tokens
+
+    def _final_map(self, maps: Sequence[FeatureMap]) -> FeatureMap:
+        """The deepest layer after the teacher's final norm."""
+        deepest = self.layers.deepest(maps)
+        return deepest if self.trainer.args.teacher_norm else self.trainer.teacher.normed(deepest)
 
     def _aligned(
         self, layers: Sequence[Tensor | TokenGram], affine: Tensor | None
@@ -168,34 +173,42 @@ class TeacherSide:
 
     def _take_statistics(self, cache: TeacherCache | None) -> None:
         self.statistics = None
-        if set(self._preparations) <= {"plain"}:
+        prepares = not set(self._preparations) <= {"plain"}
+        holds_tokens = cache is not None and cache.layout.kind.endswith("tokens")
+        if not (prepares or holds_tokens):
             return
-        statistics = self.measure_statistics() if cache is None else cache.statistics(self.measure_statistics)
+        # a cache of scores alone is not named after the layers
+        kept = cache is not None and cache.layout.kind != "logits"
+        statistics = cache.statistics(self.measure_statistics) if kept else self.measure_statistics()
         statistics = {name: tensor.to(self.trainer.args.device) for name, tensor in statistics.items()}
-        count = len(self.layers.teacher_layers)
-        self.statistics = [(statistics[f"mean.{layer}"], statistics[f"std.{layer}"]) for layer in range(count)]
+        pairs = [(statistics[f"mean.{layer}"], statistics[f"std.{layer}"]) for layer in range(len(statistics) // 2)]
+        if prepares:
+            self.statistics = pairs[: len(self.layers.teacher_layers)]
+        if holds_tokens:
+            cache.codes = [Code.of(*pair) for pair in pairs]
 
     @torch.no_grad()
     def measure_statistics(self) -> dict[str, Tensor]:
         """For each layer the mean of each position ``(N, D)``, pooled like the tokens, and the channels' deviations.
 
-        The deviations ``(D,)`` are around the means of the teacher's own grid.
+        The deviations ``(D,)`` are around the means of the teacher's own grid. Where there are final tokens, theirs are
+        the last ones.
         """
         trainer, args = self.trainer, self.trainer.args
         subset = spread(trainer.train_dataset, args.teacher_statistics_samples)
         loader = DataLoader(subset, args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
-        sums: list[list[Any]] = [[0, 0] for _ in self.layers.teacher_layers]
+        sums: list[list[Any]] = [[0, 0] for _ in self.layers.grids]
         count = 0
         for inputs in tqdm(loader, desc="Teacher statistics", disable=trainer.is_quiet):
             pixels = self._pixels(trainer._prepare_inputs(inputs), None, False, False)
             _, maps = self._forward(pixels, layers=True)
+            maps = maps + [self._final_map(maps)] * self.layers.has_final
             # float64 on the CPU: not every accelerator has it, and this is done once
             tokens = [m.patch_tokens.cpu().double() for m in maps]
             sums = [[a + t.sum(0), b + t.square().sum(0)] for (a, b), t in zip(sums, tokens, strict=True)]
             count += len(tokens[0])
         statistics = {}
-        grids = self.layers.grids[: len(maps)]
-        for layer, ((first, second), feature_map, grid) in enumerate(zip(sums, maps, grids, strict=True)):
+        for layer, ((first, second), feature_map, grid) in enumerate(zip(sums, maps, self.layers.grids, strict=True)):
             mean = first / count
             variance = (second / count - mean.square()).clamp_min(0).mean(dim=0)
             # a channel that never varies must not be divided by its rounding noise
@@ -223,7 +236,7 @@ class TeacherSide:
             self._take_statistics(cache)
             if cache is not None:
                 cache.open(
-                    lambda batches: self._rows(cache.layout, batches),
+                    lambda batches: self._rows(cache, batches),
                     args.per_device_eval_batch_size,
                     tolerance=_TOLERANCES[self._precision],
                     show=not trainer.is_quiet,
@@ -304,15 +317,20 @@ class TeacherSide:
         }
         if kind == "logits":
             return rows
-        taken = not set(self._preparations) <= {"plain"}
-        return rows | {
-            "layers": list(self.layers.teacher_layers),
-            "norm": args.teacher_norm,
-            "losses": {"relation": self.layers.has_final},  # the final tokens are part of a row
-            "grids": list(self.layers.teacher_grids),
-            "preparation": self._gram_preparation if kind.endswith("gram") else "plain",
-            "statistics_samples": args.teacher_statistics_samples if taken else None,
-        }
+        taken = kind.endswith("tokens") or not set(self._preparations) <= {"plain"}
+        code = {"code": "mean and scale of each layer"} if kind.endswith("tokens") else {}
+        return (
+            rows
+            | code
+            | {
+                "layers": list(self.layers.teacher_layers),
+                "norm": args.teacher_norm,
+                "losses": {"relation": self.layers.has_final},  # the final tokens are part of a row
+                "grids": list(self.layers.teacher_grids),
+                "preparation": self._gram_preparation if kind.endswith("gram") else "plain",
+                "statistics_samples": args.teacher_statistics_samples if taken else None,
+            }
+        )
 
     @property
     def _gram_preparation(self) -> Preparation:
@@ -332,7 +350,7 @@ class TeacherSide:
         return mixed or self.trainer.teacher.model.dtype
 
     @torch.no_grad()
-    def _rows(self, layout: Layout, batches: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+    def _rows(self, cache: TeacherCache, batches: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         """Rows of the cache for batches of training images."""
         trainer = self.trainer
         loader = DataLoader(
@@ -341,13 +359,14 @@ class TeacherSide:
             collate_fn=trainer.data_collator,
             num_workers=trainer.args.dataloader_num_workers if len(batches) > 1 else 0,
         )
-        logits, features = layout.kind.startswith("logits"), layout.kind != "logits"
+        kind = cache.layout.kind
+        logits, features = kind.startswith("logits"), kind != "logits"
         for inputs in loader:
             parts = self._ask(trainer._prepare_inputs(inputs), None, logits, features)
             layers = list(parts.layers or [])
-            if layout.kind.endswith("gram"):
+            if kind.endswith("gram"):
                 layers = [self._prepared(x, layer, self._gram_preparation) for layer, x in enumerate(layers)]
-            yield layout.pack(([parts.logits[:, None]] if logits else []) + layers)
+            yield cache.pack(parts.logits, layers)
 
     def _read(self, step: Step, shuffled: bool) -> Parts:
         """What the cache holds of a training batch; nothing where there is none."""

@@ -500,6 +500,25 @@ def test_residuals_bound_the_distance_to_an_eigenvalue_and_the_ends_come_from_in
     torch.testing.assert_close(lanczos(Recorded(a), 60, 99, dtype=FLOAT64).nodes, eigenvalues, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("detour", [0.0, 1e3, 1e5])
+def test_residuals_bound_the_rounding_of_float32_as_well(generator, detour):
+    eigenvalues = torch.cat((torch.logspace(-8, 0, 57, dtype=FLOAT64), torch.tensor([-20.0, 50.0, 100.0])))
+    for matrix in (with_eigenvalues(generator, eigenvalues), symmetric(generator, 60)):
+        single = matrix.float()
+        exact = torch.linalg.eigvalsh(single.double())
+        through = detour / 60**0.5 * torch.randn(60, 60, generator=generator)  # large numbers that cancel in the end
+
+        def matvec(vector, single=single, through=through):
+            return (single @ vector + through @ vector) - through @ vector
+
+        for steps in (20, 40, 60):
+            result = lanczos(matvec, 60, steps)
+            distance = (result.nodes[:, None] - exact).abs().min(dim=1).values
+            assert (distance <= result.residuals).all()
+            if steps == 60:  # nothing is left to find but rounding
+                assert result.residuals.max() < 1e-5 * exact.abs().max() * max(1, detour / 100)
+
+
 @pytest.mark.parametrize("steps", [1, 3, 6])
 def test_quadrature_is_exact_for_polynomials_of_degree_below_twice_the_steps(generator, steps):
     a = with_eigenvalues(generator, torch.linspace(-1, 1.2, 30))

@@ -86,11 +86,12 @@ SIMILARITIES = {
 }
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [False, True, "shares"])
 @pytest.mark.parametrize("name", SIMILARITIES)
 def test_similarities_from_inner_products_equal_those_from_tokens(tokens, generator, name, masked):
     x = torch.randn(5, N, 6, generator=generator, dtype=torch.float64)
     mask = torch.rand(5, N, generator=generator) < 0.7 if masked else None
+    mask = mask * torch.rand(5, N, generator=generator) if masked == "shares" else mask
     matrix = resampling_matrix(moved(5), GRID, GRID)[0].double()
     similarity = SIMILARITIES[name]
     expected = similarity(x, matrix @ tokens, mask)

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_ihb.functional.logits import hard_distillation_loss, kd_divergence
+from hf_ihb.functional.logits import hard_distillation_loss, kd_divergence, tilted_divergence
 
 
 @pytest.fixture
@@ -24,6 +24,31 @@ def brute_force_kd(student, teacher, temperature):
 def test_kd_equals_the_divergence_written_out(logits, temperature):
     expected = brute_force_kd(*logits, temperature)
     assert kd_divergence(*logits, temperature).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0, 30.0])
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 100.0, 1e4])
+def test_kd_keeps_its_digits_in_float32_at_any_temperature(generator, scale, temperature):
+    logits = scale * torch.randn(2, 16, 100, generator=generator)
+    student, exact = logits[0].clone().requires_grad_(), logits[0].double().requires_grad_()
+    shares = (logits[1].double() / temperature).log_softmax(-1)
+    other = (exact / temperature).log_softmax(-1)
+    expected = temperature**2 * (shares.exp() * (shares - other)).sum(-1).mean()
+    loss = kd_divergence(student, logits[1], temperature)
+    gradients = torch.autograd.grad(loss, student)[0], torch.autograd.grad(expected, exact)[0]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)  # float64 itself has no more at 1e4
+    assert (gradients[0] - gradients[1]).norm() < 2e-5 * gradients[1].norm()
+
+
+def test_tilting_divides_what_scores_differ_by_into_mean_and_divergence(generator):
+    log_p = (3 * torch.randn(9, 7, generator=generator, dtype=torch.float64)).log_softmax(-1)
+    for scale in (1e-3, 1.0, 1e3):
+        difference = scale * torch.randn(9, 7, generator=generator, dtype=torch.float64)
+        mean, divergence = tilted_divergence(log_p, difference)
+        torch.testing.assert_close(mean, (log_p.exp() * difference).sum(-1))
+        torch.testing.assert_close(mean + divergence, (log_p + difference).logsumexp(-1))
+    difference.requires_grad_()
+    assert torch.autograd.gradcheck(lambda d: tilted_divergence(log_p, d)[1], 1e-3 * difference)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])

@@ -9,7 +9,8 @@ from accelerate import PartialState
 import hf_ihb.trainer.teacher_cache as module
 from hf_ihb.errors import CacheError
 from hf_ihb.run import run_script
-from hf_ihb.trainer.teacher_cache import Layout, TeacherCache
+from hf_ihb.trainer.cache_rows import Layout
+from hf_ihb.trainer.teacher_cache import TeacherCache
 
 ROWS = 21
 

@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_ihb.augment import Augmenter, class_targets, ops, policies
 from hf_ihb.augment.color import equalize, fixed_shapes
 from hf_ihb.config.augmentation import AugmentationArguments
-from hf_ihb.functional import constants, geometry, gram
+from hf_ihb.functional import constants, geometry, gram, tokens
 from hf_ihb.functional.gram import gram_width, unpack_gram
 from hf_ihb.functional.logits import task_loss
-from hf_ihb.functional.tokens import resampling_matrix, standardize_tokens
+from hf_ihb.functional.tokens import pool_tokens, resampling_matrix, standardize_tokens
 from hf_ihb.methods.base import TokenPair
 from hf_ihb.models.processing import PixelFormat
 from hf_ihb.trainer.compiling import compiled
@@ -34,6 +34,8 @@ TABLES = (
     policies.magnitude_table,
     gram._upper,
     gram._places,
+    tokens._token_centers,
+    tokens._area_weights,
 )
 
 
@@ -109,9 +111,10 @@ def test_structural_losses_ask_the_device_for_nothing(name, cached, on_gpu):
     def step():
         student = torch.empty(4, 16, 24, device=GPU)
         matrix, mask = resampling_matrix(torch.empty(4, 2, 3, device=GPU), (4, 4), (4, 4))
-        tokens = standardize_tokens(matrix @ torch.empty(4, 16, 24, device=GPU), torch.empty(16, 24, device=GPU), 1.0)
+        pooled, _ = pool_tokens(torch.empty(4, 49, 24, device=GPU), (7, 7), (4, 4))
+        teacher = standardize_tokens(matrix @ pooled, torch.empty(16, 24, device=GPU), 1.0)
         known = unpack_gram(torch.empty(4, gram_width(16), dtype=torch.half, device=GPU), 16).resampled(matrix)
-        pair = TokenPair(student, tokens, mask)
+        pair = TokenPair(student, teacher, mask)
         if cached and "images" not in name and name != "pooled":
             pair = TokenPair(student, known, mask)
         pairs = {"cka": [pair], "gram": [pair]}

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification
 from hf_ihb.config.data import DataArguments
 from hf_ihb.data import load_image_data
 from hf_ihb.models.processing import pixel_format, student_processor
-from tests.invariants import build_cache, disagree
+from tests.invariants import build_cache, disagree, unused
 from tests.invariants.conftest import ROOT, STUDENT
 
 LOGITS = {**STUDENT, "method": "logits", "alpha": 0.6, "temperature": 2.0}
@@ -96,6 +96,17 @@ def test_processes_that_see_other_metrics_stop_together_and_hold_one_average(tmp
     stem = "student.deit.embeddings.patch_embeddings.stem"
     mean = F.conv2d(images, first["state"][f"{stem}.0.weight"].double(), padding=1).mean((0, 2, 3))
     torch.testing.assert_close(first["state"][f"{stem}.1.running_mean"].double(), mean, rtol=1e-4, atol=1e-5)
+
+
+def test_processes_do_not_wait_for_parameters_that_no_output_depends_on(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, str(Path(unused.__file__)), str(tmp_path), "2"], env=environment, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "SiglipForImageClassification: not trained, since no output depends on it: vision_model.h" in done.stderr
 
 
 def test_processes_share_out_a_cache_and_fail_together(tmp_path):

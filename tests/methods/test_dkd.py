@@ -62,3 +62,11 @@ def test_certain_teachers_and_probabilities_as_labels(scores):
     assert torch.isfinite(torch.autograd.grad(loss, student)[0]).all()
     mixed = 0.7 * torch.nn.functional.one_hot(labels, 7) + 0.3 / 7
     assert torch.equal(logit_loss("dkd", student, teacher, mixed), logit_loss("dkd", student, teacher, labels))
+
+
+def test_it_keeps_its_digits_at_high_temperatures(scores):
+    student, teacher, labels = scores
+    for temperature in (100.0, 1e4):
+        loss = logit_loss("dkd", student, teacher, labels, dkd_temperature=temperature)
+        exact = reference(student.double().numpy(), teacher.double().numpy(), labels.numpy(), 1.0, 8.0, temperature)
+        assert loss.item() == pytest.approx(exact, rel=1e-5)

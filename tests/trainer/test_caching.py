@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from transformers import Dinov2Config, Dinov2Model, set_seed
+from transformers import Dinov2Config, Dinov2ForImageClassification, Dinov2Model, set_seed
 
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.data import ImageSplit
@@ -118,6 +118,46 @@ def test_mixed_and_finer_teachers_are_cached_all_the_same(kind, structural):
     trainer = structural(vit_teacher(image_size_px=32), **settings, teacher_cache=kind)
     torch.testing.assert_close(curve(trainer), live, rtol=1e-3, atol=2e-3)
     assert trainer.teacher_cache.layout.shapes == ((16, 24), (16, 24))
+
+
+def nearly_blind_teacher():
+    """What it says of any image is nearly the same: large position codes, and a thousandth of the image."""
+    teacher = vit_teacher()
+    with torch.no_grad():
+        embeddings = teacher.model.embeddings
+        embeddings.position_embeddings.copy_(30 * torch.randn(embeddings.position_embeddings.shape))
+        embeddings.patch_embeddings.projection.weight.mul_(0.03)
+    return teacher
+
+
+def test_stored_tokens_keep_what_tells_images_apart(structural, train_split):
+    """Half precision of the tokens themselves would be of the size of it."""
+    teacher = nearly_blind_teacher()
+    trainer = structural(teacher, token_weight=1.0, relation_weight=1.0, teacher_cache="tokens")
+    trainer.prepare_teacher()
+    index = torch.arange(0, 128, 2)
+    maps = teacher.features(teacher.prepare(train_split.images[index]), [1, 2])
+    live = [m.patch_tokens for m in (*maps, teacher.normed(maps[-1]))]
+    for stored, tokens in zip(trainer.teacher_cache(index), live, strict=True):
+        deviation = tokens - tokens.mean(dim=0)
+        assert deviation.norm() < 1e-3 * tokens.norm()
+        assert (stored - tokens).norm() < 2e-3 * deviation.norm()
+        assert (tokens.half().float() - tokens).norm() > 0.05 * deviation.norm()
+
+
+def test_statistics_are_not_kept_beside_scores_which_do_not_know_of_layers(structural, train_split):
+    settings = {"token_weight": 1.0, "alpha": 0.5, "teacher_view": "identical", "max_steps": 50}
+    found = []
+    for layers in ([1, 2], [0, 1]):
+        config = vit_teacher().model.config
+        set_seed(5)
+        config.id2label = dict(enumerate(train_split.label_names))
+        teacher = Teacher(Dinov2ForImageClassification(config), PIXELS, train_split.label_names)
+        trainer = structural(teacher, teacher_layers=layers, teacher_logits_view="clean", **settings)
+        trainer.prepare_teacher()
+        assert trainer.teacher_cache.layout.kind == "logits"
+        found.append(trainer.teacher_side.statistics[0][0])
+    assert not torch.equal(*found)
 
 
 def test_after_it_is_built_the_teacher_is_asked_about_a_few_images_only(structural):

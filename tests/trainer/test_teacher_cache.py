@@ -15,7 +15,8 @@ import torch
 
 import hf_ihb.trainer.teacher_cache as module
 from hf_ihb.errors import CacheError
-from hf_ihb.trainer.teacher_cache import Layout, TeacherCache, fingerprint
+from hf_ihb.trainer.cache_rows import Layout
+from hf_ihb.trainer.teacher_cache import TeacherCache, fingerprint
 
 ROWS, BATCH = 21, 3
 LAYOUT = Layout("tokens", ((2, 3), (1, 4)))
