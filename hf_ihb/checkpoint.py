@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_ihb.errors import CheckpointError
 
@@ -26,6 +28,8 @@ HEADS_FILE = Path("distillation", "heads.safetensors")
 # inside a checkpoint: the average of the weights, saved like the weights, and how it was made
 AVERAGE_FOLDER = "average"
 _AVERAGE_RECORD = "average.json"
+# inside an output folder: what is being written
+STAGING_FOLDER = ".staging"
 _STUDENT_PREFIX = "student."
 
 
@@ -63,13 +67,12 @@ def save_run(module: nn.Module, directory: Path, state_dict: dict[str, Tensor] |
         processor.save_pretrained(directory)
 
 
-def load_module(module: nn.Module, directory: Path) -> None:
-    """Reads back, in place, what `save_module` wrote.
+def load_student(student: PreTrainedModel, directory: Path) -> None:
+    """Reads the weights of a model of transformers, in place, by the names that `save_pretrained` gave them.
 
     Raises:
         CheckpointError: If a file is missing or unreadable, or a tensor is missing, left over or of another shape.
     """
-    student: PreTrainedModel = module.student
     dtype = next(student.parameters()).dtype
     try:
         loaded, info = type(student).from_pretrained(
@@ -87,6 +90,14 @@ def load_module(module: nn.Module, directory: Path) -> None:
             )
     student.load_state_dict(loaded.state_dict(), strict=True)
 
+
+def load_module(module: nn.Module, directory: Path) -> None:
+    """Reads back, in place, what `save_module` wrote.
+
+    Raises:
+        CheckpointError: If a file is missing or unreadable, or a tensor is missing, left over or of another shape.
+    """
+    load_student(module.student, directory)
     expected = {k: v for k, v in module.state_dict().items() if not k.startswith(_STUDENT_PREFIX)}
     if not expected:
         return
@@ -143,37 +154,45 @@ def read_average_record(checkpoint: Path) -> dict[str, Any]:
     return record
 
 
-def newest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The complete checkpoint with the most steps; a save that was cut short has no trainer state yet.
-
-    Returns:
-        Its folder, or None if there is none.
-    """
+def checkpoints_of(output_dir: str | Path) -> list[Path]:
+    """Folders of checkpoints, whole or not, the one with the most steps first."""
     pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
     found = [
         (int(m[1]), p) for p in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (m := pattern.fullmatch(p.name))
     ]
-    complete = [(step, path) for step, path in found if (path / TRAINER_STATE_NAME).is_file()]
-    return max(complete)[1] if complete else None
+    return [path for _, path in sorted(found, reverse=True) if path.is_dir()]
 
 
-def checkpoint_to_resume(asked: str | bool | None, output_dir: str | Path) -> str | None:
-    """The checkpoint that a training goes on from.
-
-    Args:
-        asked: Its folder; ``True`` for the newest complete one, nothing for none.
-        output_dir: Folder of the checkpoints.
+def readable_checkpoint(folder: Path) -> None:
+    """Reads each file of a checkpoint that has no manifest, and asks for those that nothing goes on without.
 
     Raises:
-        CheckpointError: If it is not there, or not complete.
+        CheckpointError: If one is missing or cannot be read.
     """
-    if not asked:
-        return None
-    if asked is not True:
-        if not Path(asked, TRAINER_STATE_NAME).is_file():
-            raise CheckpointError(f"{asked}: expected a complete checkpoint, found no {TRAINER_STATE_NAME}")
-        return str(asked)
-    newest = newest_checkpoint(output_dir)
-    if newest is None:
-        raise CheckpointError(f"{output_dir}: expected a complete checkpoint to resume, found none")
-    return str(newest)
+    sharded = any(
+        p.is_dir() and re.match(r"optimizer|pytorch_model_fsdp|global_step", p.name) for p in folder.glob("*")
+    )
+    expected = [[TRAINER_STATE_NAME], ["rng_state.pth", "rng_state_0.pth"]]
+    expected += [] if sharded else [[OPTIMIZER_NAME], [SCHEDULER_NAME], [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]]
+    for names in expected:
+        if not any((folder / name).is_file() for name in names):
+            raise CheckpointError(f"{folder}: expected a complete checkpoint, found no {names[0]}")
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in _READERS):
+        try:
+            _READERS[path.suffix](path)
+        except Exception as error:  # whatever a damaged file makes its reader raise
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            raise CheckpointError(f"{path}: expected a whole file, found one that cannot be read ({reason})") from error
+
+
+def _read_pickle(path: Path) -> None:
+    with safe_globals():
+        torch.load(path, map_location="cpu", weights_only=True)
+
+
+_READERS = {
+    ".json": lambda path: json.loads(path.read_text("utf-8")),
+    ".safetensors": load_file,
+    ".pt": _read_pickle,
+    ".pth": _read_pickle,
+}

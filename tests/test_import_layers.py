@@ -11,7 +11,7 @@ PACKAGE = Path(hf_ihb.__file__).parent
 # A name stands for a module, or for every module of a folder.
 LAYERS = (
     {"errors"},
-    {"functional", "config", "plots", "checkpoint"},
+    {"functional", "config", "plots", "checkpoint", "storage"},
     {"step"},
     {"augment", "methods", "runs", "access", "redaction"},
     {"data", "models", "metrics", "markdown"},

@@ -8,8 +8,10 @@ from types import NoneType
 from typing import Any
 
 from hf_ihb.checkpoint import HEADS_FILE
+from hf_ihb.checkpoint import STAGING_FOLDER as STAGED_CHECKPOINTS
 from hf_ihb.errors import DataError, RecipeError
 from hf_ihb.runs.files import read_json
+from hf_ihb.storage.lock import HOLDER_FILE, LOCK_FILE
 
 CONFIG_FILE, PROCESSOR_FILE, WEIGHTS_FILE = "config.json", "preprocessor_config.json", "model.safetensors"
 RECIPE_FILE, HISTORY_FILE, EVALUATION_FILE = "recipe.json", "training_history.json", "evaluation.json"
@@ -77,7 +79,8 @@ class RunFolder:
         folder = self.path
         if folder.exists() and not folder.is_dir():
             raise RecipeError(f"key 'output_dir': expected a folder, found the file {folder}")
-        if folder.is_dir() and any(folder.iterdir()) and not self.is_ours:
+        hidden = {LOCK_FILE, HOLDER_FILE, STAGED_CHECKPOINTS}  # left by a run that had not begun
+        if folder.is_dir() and {path.name for path in folder.iterdir()} - hidden and not self.is_ours:
             raise RecipeError(f"key 'output_dir': expected an empty or new folder, found {folder} with other content")
         holds_weights = self.holds(WEIGHTS_FILE) or any(folder.glob("checkpoint-*"))
         if holds_weights and not goes_on and not replaces:

@@ -81,6 +81,12 @@ class SupervisedTrainingArguments(Checked, TrainingArguments):
         0.0, "How much it must improve to count.", within=NON_NEGATIVE, unit="the metric's own"
     )
 
+    resume_policy: Literal["latest_good", "strict"] = key(
+        "latest_good",
+        "--resume_from_checkpoint true takes the newest checkpoint that verifies and names those it passed over; with "
+        "'strict' the newest must verify.",
+    )
+
     def __post_init__(self) -> None:
         Checked.__post_init__(self)
         own_config = self.accelerator_config is None

@@ -1,5 +1,7 @@
 """What a trainer saves and reads back: the plain student, the weights that are evaluated, every tensor of them."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,9 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_ihb.checkpoint import load_module, save_run
+from hf_ihb.storage import folder_lock
 from hf_ihb.trainer.averaging import Averaging
+from hf_ihb.trainer.saving import check_checkpoint, checkpoint_to_resume, save_checkpoint
 
 
 class Checkpoints:
@@ -28,6 +32,21 @@ class Checkpoints:
     @property
     def _is_sharded(self) -> bool:
         return self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled
+
+    @contextlib.contextmanager
+    def training(self, asked: str | bool | None) -> Iterator[str | None]:
+        """Around a training: holds the output folder; gives the checkpoint it goes on from.
+
+        Raises:
+            CheckpointError: If another process trains into the folder, or there is no checkpoint that verifies.
+        """
+        trainer = self.trainer
+        with folder_lock(Path(trainer.args.output_dir), trainer.is_world_process_zero()):
+            yield checkpoint_to_resume(trainer, asked, trainer.args.resume_policy)
+
+    def save_checkpoint(self, trial: Any) -> None:
+        """Saves all that a training goes on from, whole or not at all."""
+        save_checkpoint(self.trainer, trial)
 
     def save(self, folder: str | None, is_internal: bool) -> None:
         """Saves the weights that are evaluated; into a checkpoint, which `Trainer` asks for, the raw ones as well."""
@@ -65,4 +84,5 @@ class Checkpoints:
         if self._is_sharded:
             Trainer._load_best_model(self.trainer)
         else:
+            check_checkpoint(Path(self.trainer.state.best_model_checkpoint))
             self.averaging.load_best(Path(self.trainer.state.best_model_checkpoint))

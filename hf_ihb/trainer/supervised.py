@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from hf_ihb.checkpoint import checkpoint_to_resume
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.functional.logits import task_loss
 from hf_ihb.models.module import StudentModule, freeze_unused
@@ -140,8 +139,8 @@ class SupervisedTrainer(Trainer):
             CheckpointError: If there is none, or it does not hold every tensor of the model.
             NumericsError: If the loss is not finite; the optimizer has not stepped on it.
         """
-        folder = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        return super().train(resume_from_checkpoint=folder, **kwargs)
+        with self.checkpoints.training(resume_from_checkpoint) as checkpoint:
+            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def _begin_training(self, train_dataloader: DataLoader | None = None) -> None:
         self.loss_log.reset()
@@ -268,6 +267,9 @@ class SupervisedTrainer(Trainer):
         """Saves the weights that are evaluated; a checkpoint keeps the raw ones as well."""
         self._check_finite()
         self.checkpoints.save(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.checkpoints.save_checkpoint(trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         self.checkpoints.write(output_dir, state_dict)
