@@ -53,3 +53,9 @@ class HubPushError(HfIhbError):
     """A push to the Hub that failed; what was to be pushed is still where it was."""
 
     exit_code = 5
+
+
+class Preempted(HfIhbError):
+    """A run that was told to end; it has saved what it goes on from."""
+
+    exit_code = 143

@@ -35,6 +35,7 @@ from hf_ihb.runs.folder import (
     RECIPE_FILE,
     RunFolder,
 )
+from hf_ihb.storage import folder_lock
 from hf_ihb.trainer import SupervisedTrainer
 from hf_ihb.trainer.publishing import resolved_recipe
 
@@ -52,6 +53,10 @@ def run_script(main: Callable[[list[str]], None]) -> None:
             # other processes may wait in a collective: leave without a clean-up that would wait for them
             os._exit(error.exit_code)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("error: interrupted; what was saved is kept, --resume_from_checkpoint true goes on", file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(130)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         if torch.distributed.get_backend() == "gloo" and torch.distributed.get_rank() > 0:
@@ -137,8 +142,14 @@ def run_training(trainer: SupervisedTrainer, data: ImageData, recipe: Path, argu
         The content of ``evaluation.json``.
 
     Raises:
+        CheckpointError: If another run writes to the folder, or a checkpoint cannot be written or gone on from.
         HubPushError: If the push fails; the run is complete by then.
     """
+    with folder_lock(Path(trainer.args.output_dir), trainer.is_world_process_zero()):
+        return _run(trainer, data, recipe, arguments)
+
+
+def _run(trainer: SupervisedTrainer, data: ImageData, recipe: Path, arguments: tuple[Any, ...]) -> dict:
     folder = Path(trainer.args.output_dir)
     run_args = next((a for a in arguments if isinstance(a, RunArguments)), RunArguments())
     name = run_args.baseline_model
@@ -151,8 +162,12 @@ def run_training(trainer: SupervisedTrainer, data: ImageData, recipe: Path, argu
             RunFolder(folder).clear(PLOTS)
         dataset = {"name": data.name, "revision": data.revision, "label_names": data.label_names}
         dataset |= {split: len(getattr(data, split)) for split in ("train", "validation", "test")}
-        write_json(folder / RECIPE_FILE, resolved_recipe(trainer, arguments, recipe=recipe, dataset=dataset))
+        record = resolved_recipe(trainer, arguments, recipe=recipe, dataset=dataset)
+        write_json(folder / RECIPE_FILE, record)
+    trainer.settings = [part for part in arguments if part is not trainer.args]
     result = trainer.train(resume_from_checkpoint=resume_argument(trainer.args))
+    if trainer.is_world_process_zero() and trainer.checkpoints.history:
+        write_json(folder / RECIPE_FILE, record | {"history": trainer.checkpoints.history})
     trainer.save_model(_internal_call=True)  # pushed below, with its evidence
     validation = _metrics(trainer, data.validation, "validation")
     with recorded_heads(trainer) as heads:

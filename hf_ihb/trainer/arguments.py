@@ -87,6 +87,12 @@ class SupervisedTrainingArguments(Checked, TrainingArguments):
         "'strict' the newest must verify.",
     )
 
+    allow_changed: list[str] | None = key(
+        None,
+        "Settings that may differ from those of the checkpoint that is gone on from, and are applied then; others are "
+        "refused with both values.",
+    )
+
     def __post_init__(self) -> None:
         Checked.__post_init__(self)
         own_config = self.accelerator_config is None

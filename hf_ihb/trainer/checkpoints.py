@@ -1,16 +1,21 @@
 """What a trainer saves and reads back: the plain student, the weights that are evaluated, every tensor of them."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from hf_ihb.checkpoint import load_module, save_run
-from hf_ihb.storage import folder_lock
+from hf_ihb.errors import CheckpointError, NumericsError
+from hf_ihb.storage import folder_lock, read_manifest
 from hf_ihb.trainer.averaging import Averaging
+from hf_ihb.trainer.fingerprint import SCHEDULED, check_same, fingerprint
+from hf_ihb.trainer.preemption import Preemption
 from hf_ihb.trainer.saving import check_checkpoint, checkpoint_to_resume, save_checkpoint
 
 
@@ -20,10 +25,19 @@ class Checkpoints:
     Args:
         trainer: Whose module it is.
         averaging: Of its weights; a checkpoint keeps the raw ones and the average.
+
+    Attributes:
+        settings: What the training that is under way is made of.
+        changed: Settings that are not those of the checkpoint it goes on from: values then and now.
+        history: The same of every time it was gone on with, with the step.
     """
 
     def __init__(self, trainer: Trainer, averaging: Averaging) -> None:
         self.trainer, self.averaging = trainer, averaging
+        self.preemption = Preemption(trainer)
+        self.settings: dict[str, Any] = {}
+        self.changed: dict[str, tuple[Any, Any]] = {}
+        self.history: list[dict[str, Any]] = []
 
     @property
     def _module(self) -> nn.Module:
@@ -38,15 +52,50 @@ class Checkpoints:
         """Around a training: holds the output folder; gives the checkpoint it goes on from.
 
         Raises:
-            CheckpointError: If another process trains into the folder, or there is no checkpoint that verifies.
+            CheckpointError: If another process trains into the folder, there is no checkpoint that verifies, or it was
+                trained with other settings.
         """
-        trainer = self.trainer
-        with folder_lock(Path(trainer.args.output_dir), trainer.is_world_process_zero()):
-            yield checkpoint_to_resume(trainer, asked, trainer.args.resume_policy)
+        trainer, args = self.trainer, self.trainer.args
+        with folder_lock(Path(args.output_dir), trainer.is_world_process_zero()), self.preemption.watched():
+            folder = checkpoint_to_resume(trainer, asked, args.resume_policy)
+            self.settings, self.changed = fingerprint(trainer, (*trainer.settings, trainer.augmentation)), {}
+            self.history = []
+            if folder is not None and (manifest := read_manifest(Path(folder))) is not None:
+                about = manifest["about"]
+                self.changed = check_same(folder, about.get("settings", {}), self.settings, args.allow_changed or ())
+                self.history = [*about.get("history", [])]
+                self.history += [{"step": about["step"], "changed": self.changed}] if self.changed else []
+            yield folder
 
     def save_checkpoint(self, trial: Any) -> None:
         """Saves all that a training goes on from, whole or not at all."""
-        save_checkpoint(self.trainer, trial)
+        save_checkpoint(self.trainer, trial, lambda: {"settings": self.settings, "history": self.history})
+
+    def load_optimizer(self, folder: str | None, load: Callable[[str | None], None]) -> None:
+        """Loads optimizer and schedule; what was allowed to change is applied, not what the checkpoint had.
+
+        Args:
+            folder: The checkpoint.
+            load: What `Trainer` does.
+        """
+        if not SCHEDULED & self.changed.keys():
+            load(folder)
+            return
+        optimizer, scheduler = self.trainer.optimizer, self.trainer.lr_scheduler
+        fresh = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        if not isinstance(scheduler, LambdaLR):
+            raise CheckpointError(
+                f"key 'allow_changed': expected a schedule that is a function of the step, found "
+                f"{type(scheduler).__name__}, whose state fits no other settings"
+            )
+        base_lrs = list(scheduler.base_lrs)
+        load(folder)
+        scheduler.base_lrs = base_lrs
+        for group, own, base, schedule in zip(
+            optimizer.param_groups, fresh, base_lrs, scheduler.lr_lambdas, strict=True
+        ):
+            group.update(own | {"lr": base * schedule(scheduler.last_epoch)})
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
     def save(self, folder: str | None, is_internal: bool) -> None:
         """Saves the weights that are evaluated; into a checkpoint, which `Trainer` asks for, the raw ones as well."""
@@ -58,8 +107,13 @@ class Checkpoints:
                 Trainer.save_model(self.trainer, folder, is_internal)
 
     def write(self, folder: str | None, state_dict: dict[str, Tensor] | None) -> None:
-        """Writes the files of the module as it is; on one process of a folder."""
+        """Writes the files of the module as it is; on one process of a folder.
+
+        Raises:
+            NumericsError: If a weight is not finite; nothing is written.
+        """
         args = self.trainer.args
+        check_weights(self._module if state_dict is None else state_dict)
         if args.should_save:
             save_run(self._module, Path(folder or args.output_dir), state_dict, self.trainer.processing_class)
 
@@ -86,3 +140,17 @@ class Checkpoints:
         else:
             check_checkpoint(Path(self.trainer.state.best_model_checkpoint))
             self.averaging.load_best(Path(self.trainer.state.best_model_checkpoint))
+
+
+def check_weights(weights: nn.Module | Mapping[str, Tensor]) -> None:
+    """Refuses weights that are not finite.
+
+    Raises:
+        NumericsError: If one is not; it names the first.
+    """
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    finite = torch.stack([tensor.isfinite().all() for tensor in floating.values()]).tolist()
+    if not all(finite):
+        name = next(name for name, whole in zip(floating, finite, strict=True) if not whole)
+        raise NumericsError(f"expected finite weights, found NaN or Inf in {name}; nothing of them was saved")

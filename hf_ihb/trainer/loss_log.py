@@ -4,11 +4,13 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_ihb.errors import NumericsError
+from hf_ihb.trainer.saving import last_good
 
 
 class LossLog:
@@ -23,6 +25,7 @@ class LossLog:
         self._names: tuple[str, ...] = ()
         self._count = 0
         self._num_images = 0
+        self._gradient: Tensor | None = None
         self._start = time.perf_counter()
 
     @contextlib.contextmanager
@@ -42,28 +45,40 @@ class LossLog:
         self._names = tuple(components)
         self._count += 1
 
+    def record_gradient(self, norm: Any, scaler: Any) -> None:
+        """Adds the norm of an optimizer step's gradient; not where a scaler leaves out steps that overflow."""
+        if scaler is not None:
+            return
+        norm = torch.as_tensor(norm).detach().float()
+        self._gradient = norm if self._gradient is None else self._gradient + norm
+
     def check_finite(self, step: int, folder: str) -> None:
-        """Raises if a loss since the last log was NaN or Inf: sums keep them.
+        """Raises if a loss or the norm of a gradient since the last log was NaN or Inf: sums keep them.
 
         On a CPU this is asked in every step, before the weights are changed. On an accelerator asking means waiting for
         it, so it is asked where one waits anyway: before something is logged, evaluated or saved.
 
         Args:
             step: Optimizer steps that were made.
-            folder: Where the checkpoints are.
+            folder: Where the checkpoints are, of which the newest that verifies is named.
 
         Raises:
             NumericsError: If so, with the means of the components.
         """
         if self._count == 0:
             return
-        total, *parts = (self._sums / self._count).tolist()
-        if math.isfinite(total):
+        values = self._sums / self._count
+        if self._gradient is not None:
+            values = torch.cat((values, self._gradient.to(values.device).reshape(1)))
+        total, *parts = values.tolist()
+        gradient = parts.pop() if self._gradient is not None else 0.0
+        if math.isfinite(total) and math.isfinite(gradient):
             return
+        what = "gradient" if math.isfinite(total) else "loss"
         means = ", ".join(f"{n} {v:.4g}" for n, v in zip(self._names, parts, strict=True))
         raise NumericsError(
-            f"step {step + 1}: expected a finite loss, found NaN or Inf (means since the last log: {means}); the last "
-            f"checkpoint in {folder} is good"
+            f"step {step + 1}: expected a finite {what}, found NaN or Inf (means since the last log: {means}); "
+            f"{last_good(folder)}"
         )
 
     def read(self, reduce: Callable[[Tensor, str], Tensor]) -> dict[str, float]:

@@ -224,6 +224,17 @@ def _choose(asked: str | bool, output_dir: Path, policy: str) -> str:
     raise CheckpointError(f"{output_dir}: expected a complete checkpoint to resume, found none{reasons}")
 
 
+def last_good(output_dir: str | Path) -> str:
+    """Which checkpoint of a folder is the newest that verifies, in words."""
+    for folder in checkpoints_of(output_dir):
+        try:
+            check_checkpoint(folder)
+        except CheckpointError:
+            continue
+        return f"the last checkpoint that verifies is {folder}"
+    return f"{output_dir} holds no checkpoint that verifies"
+
+
 def check_checkpoint(folder: Path) -> None:
     """Verifies a checkpoint against its manifest; one of before there were manifests by reading each of its files.
 

@@ -51,6 +51,7 @@ class SupervisedTrainer(Trainer):
     """
 
     arguments_class: type[TrainingArguments] = SupervisedTrainingArguments
+    settings: Sequence[Any] = ()  # dataclasses of keys that student, teacher and data were made of
 
     def __init__(
         self,
@@ -99,7 +100,7 @@ class SupervisedTrainer(Trainer):
         self.loss_log = LossLog()
         self._averaging = Averaging(self)
         self.checkpoints = Checkpoints(self, self._averaging)
-        for callback in (self._averaging, *early_stopping(args), Hooks(self)):
+        for callback in (self._averaging, *early_stopping(args), Hooks(self), self.checkpoints.preemption):
             self.add_callback(callback)
 
     @property
@@ -136,8 +137,9 @@ class SupervisedTrainer(Trainer):
         """Trains; ``resume_from_checkpoint=True`` goes on from the newest complete checkpoint.
 
         Raises:
-            CheckpointError: If there is none, or it does not hold every tensor of the model.
-            NumericsError: If the loss is not finite; the optimizer has not stepped on it.
+            CheckpointError: If there is none that verifies, or it was trained with other settings.
+            NumericsError: If a loss or gradient is not finite; on a CPU the optimizer has not stepped on it.
+            Preempted: If it was told to end (SIGTERM); it has saved its last step.
         """
         with self.checkpoints.training(resume_from_checkpoint) as checkpoint:
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
@@ -167,12 +169,7 @@ class SupervisedTrainer(Trainer):
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
     def prepare(self, inputs: dict[str, Any], train: bool) -> Step:
-        """Everything a step needs beside the student, of a batch on the device.
-
-        Args:
-            inputs: The batch.
-            train: Whether it is augmented, and learned from.
-        """
+        """Everything a step needs beside the student, of a batch on the device; to learn from it if `train`."""
         return self.batches.step(inputs, train, self.epoch, self.train_dataset)
 
     def model_inputs(self, step: Step) -> dict[str, Any]:
@@ -209,6 +206,11 @@ class SupervisedTrainer(Trainer):
 
     def _check_finite(self) -> None:
         self.loss_log.check_finite(self.state.global_step, self.args.output_dir)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.loss_log.record_gradient(grad_norm, self.accelerator.scaler)
+        return grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs; what is said of training gets every loss component and the images per second since the last time."""
@@ -276,6 +278,9 @@ class SupervisedTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.checkpoints.load(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self.checkpoints.load_optimizer(checkpoint, super()._load_optimizer_and_scheduler)
 
     def _load_best_model(self) -> None:
         self.checkpoints.load_best()
