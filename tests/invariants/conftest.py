@@ -53,7 +53,7 @@ class Finished:
 def launch(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launches")
 
-    def run(script, recipe, *overrides, processes=1, output_dir=None, kill_at_step=None):
+    def run(script, recipe, *overrides, processes=1, output_dir=None, kill_at_step=None, term_at_step=None):
         number = len(list(folder.iterdir()))
         path = folder / f"{number}.json"
         path.write_text(json.dumps(recipe))
@@ -65,6 +65,8 @@ def launch(tmp_path_factory):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         if kill_at_step is not None:
             environment["KILL_AT_STEP"] = str(kill_at_step)
+        if term_at_step is not None:
+            environment["TERM_AT_STEP"] = str(term_at_step)
         done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
         return Finished(done.returncode, done.stderr, output_dir)
 

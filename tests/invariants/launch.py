@@ -1,4 +1,7 @@
-"""Runs a script as a user would; with KILL_AT_STEP set, every process dies by SIGKILL after that step."""
+"""Runs a script as a user would; with KILL_AT_STEP set, every process dies by SIGKILL after that step.
+
+With TERM_AT_STEP set, the last process, and no other, is told to end after that step.
+"""
 
 import os
 import runpy
@@ -13,7 +16,14 @@ def _die(self, args, state, control, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _end(self, args, state, control, **kwargs):
+    if state.global_step == int(os.environ["TERM_AT_STEP"]) and args.process_index == args.world_size - 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 if "KILL_AT_STEP" in os.environ:
     callbacks.Hooks.on_step_end = _die
+if "TERM_AT_STEP" in os.environ:
+    callbacks.Hooks.on_step_end = _end
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")

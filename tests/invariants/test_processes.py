@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,15 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(recipe, processes, 
     recipe = {**recipe, **RESUMABLE, "teacher_model": teacher, "per_device_train_batch_size": 32 // processes}
     whole = launch("distill.py", recipe, processes=processes)
     assert whole.code == 0, whole.stderr
-    killed = launch("distill.py", recipe, processes=processes, output_dir=tmp_path / "run", kill_at_step=5)
+    go_on, run = [], tmp_path / "run"
+    if processes > 1:  # told to one of them alone, all end in the same step, with its checkpoint
+        told = launch("distill.py", recipe, processes=processes, output_dir=run, term_at_step=4)
+        assert told.code != 0
+        assert told.stderr.count("told to end (SIGTERM); saved in") == processes
+        (step,) = set(re.findall(r"step (\d): told to end", told.stderr))
+        assert (run / f"checkpoint-{step}").is_dir()
+        go_on = ["--resume_from_checkpoint", "true"]
+    killed = launch("distill.py", recipe, *go_on, processes=processes, output_dir=run, kill_at_step=7)
     assert killed.code != 0
     assert (killed.folder / "checkpoint-3").is_dir()
     assert not (killed.folder / "model.safetensors").exists()
