@@ -2,9 +2,10 @@
 
 python benchmarks/reliability/saves.py [--every 1] [--kinds supervised,logits,structural] [--name NAME]
 
-Small trainings of each kind save at steps 2, 4 and 6. The save of step 4 is struck at its n-th call of write, open, fsync,
-mkdir, rename, unlink or rmdir, for every n (a library loaded before libc counts them): by SIGKILL, and by ENOSPC. Then the
-run is resumed from its newest checkpoint, and its weights are compared with those of a run that nothing happened to.
+Small trainings of each kind save at steps 2, 4 and 6. The save of step 4 is struck at its n-th call of write, open,
+fsync, mkdir, rename, unlink or rmdir, for every n (a library loaded before libc counts them): by SIGKILL, and by
+ENOSPC. Then the run is resumed from its newest checkpoint, and its weights are compared with those of a run that
+nothing happened to.
 """
 
 import argparse
@@ -43,7 +44,6 @@ def trainer_of(kind: str, folder: Path) -> Any:
     from hf_ihb.config.model import ModelArguments
     from hf_ihb.data import ImageSplit
     from hf_ihb.models.student import build_student
-    from hf_ihb.models.teacher import Teacher
     from hf_ihb.trainer import DistillationTrainer, SupervisedTrainer
     from hf_ihb.trainer.arguments import DistillationTrainingArguments, SupervisedTrainingArguments
 
@@ -63,7 +63,8 @@ def trainer_of(kind: str, folder: Path) -> Any:
     student, processor = vit(0, architecture="deit", drop_path_rate=0.1)
     common = {
         "output_dir": str(folder), "max_steps": 6, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3,
-        "per_device_train_batch_size": 16, "report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 6,
+        "per_device_train_batch_size": 16, "report_to": "none", "disable_tqdm": True, "use_cpu": True,
+        "logging_steps": 6,
     }  # fmt: skip
     more = {"train_dataset": split, "processing_class": processor}
     more["augmentation"] = AugmentationArguments(random_crop_padding=2, mixup_alpha=0.8, mix_probability=0.5)
@@ -132,8 +133,8 @@ def sweep(forks: Forks, kind: str, refuses: bool, every: int, folder: Path) -> d
     """Strikes at every n-th call."""
     whole = forks(resumed_run, kind, folder / "whole")[1]
     _, (_, calls) = forks(struck_run, kind, folder / "count", -1, False)
-    row = {"kind": kind, "strike": "ENOSPC" if refuses else "SIGKILL", "calls": calls, "struck": 0, "same": 0, "clear": 0}
-    row["others"] = []
+    row: dict[str, Any] = {"kind": kind, "strike": "ENOSPC" if refuses else "SIGKILL", "calls": calls}
+    row |= {"struck": 0, "same": 0, "clear": 0, "others": []}
     for at in range(1, calls + 1, every):
         run = folder / "run"
         shutil.rmtree(run, ignore_errors=True)
@@ -179,8 +180,8 @@ def main() -> None:
     for row in rows:
         clear = f"{row['clear']} of {row['struck']}" if row["strike"] == "ENOSPC" else ""
         lines.append(
-            f"| {row['kind']} | {row['strike']} | {row['calls']} | {row['struck']} | {row['same']} of {row['struck']} | "
-            f"{clear} |"
+            f"| {row['kind']} | {row['strike']} | {row['calls']} | {row['struck']} | "
+            f"{row['same']} of {row['struck']} | {clear} |"
         )
     print("\n".join(lines))
     if args.name is not None:

@@ -5,10 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import Trainer
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
 
 from hf_ihb.errors import RecipeError
+from hf_ihb.models.processing import PixelFormat
+from hf_ihb.models.student import input_size
 
 
 def fit_batch_norms(trainer: Trainer) -> bool:
@@ -40,6 +42,22 @@ def take_losses(trainer: Trainer) -> None:
     trainer.label_smoother = None
     if trainer.args.label_names is None:
         trainer.label_names = ["labels"]
+
+
+def empty_image(
+    student: PreTrainedModel, pixels: PixelFormat | None, first_batch: Callable[[], dict[str, Any]]
+) -> Tensor:
+    """``(1, C, H, W)`` an image without content, to see which parameters a student uses.
+
+    Args:
+        student: That is to see it.
+        pixels: How it wants its images; None if batches bring them.
+        first_batch: A batch of one image, to see shapes with.
+    """
+    size = input_size(student) if pixels is None else pixels.size
+    if size is None:
+        return torch.zeros_like(first_batch()["pixel_values"][:1], dtype=torch.float32)
+    return torch.zeros(1, getattr(student.config, "num_channels", 3), *size)
 
 
 def lay_out(model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Training on labels, and what every trainer here shares: steps, logs, evaluation, strict checkpoints."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from hf_ihb.trainer.batches import Batches, first_batch, image_collator
 from hf_ihb.trainer.callbacks import Hooks, early_stopping
 from hf_ihb.trainer.checkpoints import Checkpoints
 from hf_ihb.trainer.evaluating import evaluation_loss, image_scores, of_main_process, take_metrics
-from hf_ihb.trainer.fitting import fit_batch_norms, lay_out, take_losses, wrapped_init
+from hf_ihb.trainer.fitting import empty_image, fit_batch_norms, lay_out, take_losses, wrapped_init
 from hf_ihb.trainer.hub_calls import HubCalls
 from hf_ihb.trainer.loaders import image_loader
 from hf_ihb.trainer.loss_log import LossLog
@@ -76,8 +77,9 @@ class SupervisedTrainer(Trainer):
         images = train_dataset if train_dataset is not None else eval_dataset
 
         def wrap(student: Any) -> StudentModule:
-            module = self._module(student, args, lambda: first_batch(images, data_collator))
-            freeze_unused(module, self._probe(student, lambda: first_batch(images, data_collator)))
+            batch = functools.partial(first_batch, images, data_collator)
+            module = self._module(student, args, batch)
+            freeze_unused(module, empty_image(student, self.batches.pixels, batch))
             return module
 
         if kwargs.get("model_init") is not None:
@@ -119,13 +121,6 @@ class SupervisedTrainer(Trainer):
         if batches.pixels is not None:
             batches.pixels = batches.pixels._replace(size=input_size(student) or self._pixels.size)
         return StudentModule(student)
-
-    def _probe(self, student: PreTrainedModel, first_batch: Callable[[], dict[str, Any]]) -> Tensor:
-        """``(1, C, H, W)`` an image without content, to see which parameters a student uses."""
-        size = input_size(student) if self.batches.pixels is None else self.batches.pixels.size
-        if size is None:
-            return torch.zeros_like(first_batch()["pixel_values"][:1], dtype=torch.float32)
-        return torch.zeros(1, getattr(student.config, "num_channels", 3), *size)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         super()._move_model_to_device(model, device)  # not called for sharded models
