@@ -1,17 +1,12 @@
 """What a frozen teacher says of every training image, computed once and kept on disk.
 
-A cache is one file of rows, a row an image, in the order of the training split. It is built block by block; a journal
-names each block that is on disk with its checksum. Whatever happens while it is built, a block that is not in the
-journal or does not match it is built again, and nothing else is. The folder's name is a hash of everything that
-determines the rows, so a cache that no longer fits is never found.
+A cache is a `BlockStore` of rows, a row an image, in the order of the training split.
 """
 
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +15,6 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from filelock import FileLock, Timeout
 from huggingface_hub import constants
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -31,12 +25,12 @@ from hf_ihb.data.placement import readable_bytes, readable_seconds, rows_onto
 from hf_ihb.errors import CacheError
 from hf_ihb.functional.gram import TokenGram
 from hf_ihb.models.teacher import Teacher
-from hf_ihb.runs.files import write_json
+from hf_ihb.storage.block_store import BlockStore, checksum
 from hf_ihb.trainer.cache_rows import Code, Layout
 
-FORMAT = 1
+FORMAT = 3
 BLOCK_ROWS = 512
-DESCRIPTION_FILE, ROWS_FILE, STATISTICS_FILE = "description.json", "rows.bin", "statistics.safetensors"
+ROWS_FILE, STATISTICS_FILE = "rows.bin", "statistics.safetensors"
 _CHECKED_ROWS = 8
 _LOCK_SECONDS = 30.0
 
@@ -88,29 +82,34 @@ class TeacherCache:
 
     def __init__(self, root: Path, description: Mapping[str, Any], layout: Layout, num_rows: int) -> None:
         self.layout, self.num_rows = layout, num_rows
-        self.description = {
-            "format": FORMAT,
-            "rows": num_rows,
-            "block_rows": BLOCK_ROWS,
-            "layout": dataclasses.asdict(layout),
-            **description,
-        }
-        canonical = json.dumps(self.description, sort_keys=True, default=str)
-        self.key = hashlib.sha256(canonical.encode()).hexdigest()
-        self.folder = root / self.key[:32]
+        about = {"format": FORMAT, "rows": num_rows, "block_rows": BLOCK_ROWS, "layout": dataclasses.asdict(layout)}
+        self.store = BlockStore(
+            root,
+            {**about, **description},
+            ROWS_FILE,
+            num_rows=num_rows,
+            row_bytes=layout.row_bytes,
+            block_rows=BLOCK_ROWS,
+            what="the teacher cache",
+            remedy="give another 'teacher_cache_dir', or 'teacher_cache' off",
+        )
         self.codes: list[Code] = []
-        self._intact: set[int] = set()
         self._rows: Tensor | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return self.store.folder
+
+    @property
+    def key(self) -> str:
+        """Hash of everything that determines the rows."""
+        return self.store.key
 
     @property
     def num_bytes(self) -> int:
         """Size of the whole cache."""
-        return self.num_rows * self.layout.row_bytes
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of `BLOCK_ROWS` images; the last one may be short."""
-        return -(-self.num_rows // BLOCK_ROWS)
+        return self.store.num_bytes
 
     @property
     def device(self) -> torch.device:
@@ -141,33 +140,11 @@ class TeacherCache:
 
     # ---- On disk ----
 
-    def _rows_of(self, block: int) -> range:
-        return range(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, self.num_rows))
-
-    def _journal(self) -> dict[str, str]:
-        """Checksum of each block, and of the statistics, that has been written; of a torn line nothing."""
-        found = {}
-        for path in sorted(self.folder.glob("journal-*.jsonl")):
-            for line in path.read_text("utf-8", errors="replace").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    record = json.loads(line)
-                    if isinstance(record, dict):
-                        found |= record
-        return found
-
-    def _note(self, name: str, checksum: str) -> None:
-        path = self.folder / f"journal-{PartialState().process_index}.jsonl"
-        with path.open("a", encoding="utf-8") as file:
-            file.write(f"\n{json.dumps({name: checksum})}")  # a line torn by a crash ends here
-            file.flush()
-            os.fsync(file.fileno())
-
     def trouble(self, share: float = 1.0) -> str | None:
-        """What keeps the cache from being built: that it would take more than a share of the disk's free space."""
-        path = self.folder / ROWS_FILE
-        needed = self.num_bytes - (path.stat().st_blocks * 512 if path.is_file() else 0)
-        there = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.is_dir())
-        free = int(share * shutil.disk_usage(there).free)
+        """What keeps the cache from being built: no leave to write, or more than a share of the disk's free space."""
+        if self.store.bytes_to_write() > 0 and not self.store.may_be_written():
+            return f"{self.folder}: expected a folder for the teacher cache that can be written to"
+        needed, free = self.store.bytes_to_write(), int(share * self.store.bytes_free())
         if needed <= free:
             return None
         found = readable_bytes(free) if share == 1 else f"{readable_bytes(free)} ({share:.0%} of what is free)"
@@ -175,8 +152,7 @@ class TeacherCache:
 
     def written(self) -> int:
         """Images whose rows a journal names, without looking at the rows."""
-        names = self._journal() if self.folder.is_dir() else {}
-        return sum(len(self._rows_of(block)) for block in range(self.num_blocks) if str(block) in names)
+        return self.store.written()
 
     def missing(self, *, show: bool = False) -> list[int]:
         """Blocks that are not there or not what was written.
@@ -184,27 +160,7 @@ class TeacherCache:
         Args:
             show: With a progress bar.
         """
-        path, journal = self.folder / ROWS_FILE, self._journal()
-        blocks = [b for b in range(self.num_blocks) if str(b) in journal and b not in self._intact]
-        if blocks and path.is_file():
-            with path.open("rb") as file:
-                for block in tqdm(blocks, desc="Checking the teacher cache", unit="block", disable=not show, delay=1):
-                    rows = self._rows_of(block)
-                    file.seek(rows.start * self.layout.row_bytes)
-                    content = file.read(len(rows) * self.layout.row_bytes)
-                    if hashlib.sha256(content).hexdigest() == journal[str(block)]:
-                        self._intact.add(block)
-        return [block for block in range(self.num_blocks) if block not in self._intact]
-
-    def _write(self, block: int, values: Tensor) -> None:
-        content = values.contiguous().numpy().tobytes()
-        with self._storing(), (self.folder / ROWS_FILE).open("r+b") as file:
-            file.seek(self._rows_of(block).start * self.layout.row_bytes)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            self._note(str(block), hashlib.sha256(content).hexdigest())
-        self._intact.add(block)
+        return self.store.missing(show=show)
 
     def statistics(self, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors that belong to the cache and are made once.
@@ -215,16 +171,16 @@ class TeacherCache:
         path = self.folder / STATISTICS_FILE
         with contextlib.suppress(OSError, SafetensorError):
             content = path.read_bytes()
-            if hashlib.sha256(content).hexdigest() == self._journal().get(STATISTICS_FILE):
+            if checksum(content) == self.store.journal().get(STATISTICS_FILE):
                 return load(content)
         made = {name: tensor.cpu().contiguous() for name, tensor in make().items()}
         if PartialState().is_local_main_process:
-            with self._storing():
+            with self.store.storing():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 content, staged = save(made), path.with_suffix(".tmp")
                 staged.write_bytes(content)
                 staged.replace(path)
-                self._note(STATISTICS_FILE, hashlib.sha256(content).hexdigest())
+                self.store.note(STATISTICS_FILE, content, PartialState().process_index)
         return made
 
     # ---- Building ----
@@ -248,7 +204,10 @@ class TeacherCache:
         shares = [(state.process_index, state.num_processes)]
         if (local := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) < state.num_processes:
             shares.append((state.local_process_index, local))  # machines that do not share a disk
-        with self._alone(state, show):
+        with self._on_every_process(state):
+            incomplete = bool(self.missing(show=show))
+        # a whole cache is read as it is, also where nothing may be written
+        with self._alone(state, show) if any(gather_object([incomplete])) else contextlib.nullcontext():
             for number, (index, count) in enumerate(shares):
                 with self._on_every_process(state):
                     missing = [block for block in self.missing(show=show) if block % count == index]
@@ -257,17 +216,15 @@ class TeacherCache:
         with self._on_every_process(state):
             if missing := self.missing():
                 raise CacheError(
-                    f"{self.folder}: expected {self.num_blocks} whole blocks, found {len(missing)} damaged"
+                    f"{self.folder}: expected {self.store.num_blocks} whole blocks, found {len(missing)} damaged"
                 )
-            numbers = self.num_bytes // self.layout.dtype.itemsize
-            rows = torch.from_file(str(self.folder / ROWS_FILE), size=numbers, dtype=self.layout.dtype)
-            self._rows = rows.view(self.num_rows, -1)
+            self._rows = self.store.map(self.layout.dtype)
             self._compare(compute, tolerance)
 
     def _build(self, blocks: Sequence[int], compute: Compute, batch_size: int, show: bool) -> None:
         self._make_room()
-        batches = {block: _batches(self._rows_of(block), batch_size) for block in blocks}
-        count = sum(len(self._rows_of(block)) for block in blocks)
+        batches = {block: _batches(self.store.rows_of(block), batch_size) for block in blocks}
+        count = sum(len(self.store.rows_of(block)) for block in blocks)
         if show:
             print(self._announcement(count, compute, batch_size), flush=True)
         answers = compute([batch for parts in batches.values() for batch in parts])
@@ -277,19 +234,15 @@ class TeacherCache:
                 for batch in parts:
                     rows.append(self._fitting(next(answers), batch))
                     bar.update(len(batch))
-                self._write(block, torch.cat(rows))
+                content = torch.cat(rows).contiguous().numpy().tobytes()
+                self.store.write(block, content, PartialState().process_index)
 
     def _make_room(self) -> None:
-        """The folder with its description, and a file of the whole size, sparse until it is written."""
-        with self._storing():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if PartialState().is_local_main_process:  # for people; nothing reads it
-                write_json(self.folder / DESCRIPTION_FILE, self.description)
-            rows = self.folder / ROWS_FILE
-            rows.touch()
-            if (trouble := self.trouble()) is not None:
-                raise CacheError(f"{trouble}; give another 'teacher_cache_dir', or 'teacher_cache' off")
-            os.truncate(rows, self.num_bytes)
+        self.store.prepare(describes=PartialState().is_local_main_process)
+        if (trouble := self.trouble()) is not None:
+            raise CacheError(f"{trouble}; {self.store.remedy}")
+        with self.store.storing():
+            os.truncate(self.store.path, self.num_bytes)
 
     def _announcement(self, count: int, compute: Compute, batch_size: int) -> str:
         """What is about to be built, its size, and how long it takes, measured on one batch."""
@@ -351,25 +304,18 @@ class TeacherCache:
     @contextlib.contextmanager
     def _alone(self, state: PartialState, show: bool) -> Iterator[None]:
         """The main process holds the lock; the others hear of it at once, however long another run takes."""
-        lock, said = FileLock(self.folder.with_suffix(".lock")), False
-        with self._on_every_process(state), self._storing():
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            held = [True]
-            if state.is_main_process:
-                try:
-                    lock.acquire(timeout=_LOCK_SECONDS)
-                except Timeout:
-                    held = [False]
-                    if show and not said:
-                        print(f"Waiting for another run that builds the teacher cache in {self.folder}", flush=True)
-                        said = True
-            if broadcast_object_list(held)[0]:
-                break
-        try:
+        said = False
+        with contextlib.ExitStack() as stack:
+            with self._on_every_process(state):
+                lock = stack.enter_context(self.store.lock())
+            while True:
+                held = [not state.is_main_process or self.store.take(lock, _LOCK_SECONDS)]
+                if broadcast_object_list(held)[0]:
+                    break
+                if show and not said:
+                    print(f"Waiting for another run that builds the teacher cache in {self.folder}", flush=True)
+                    said = True
             yield
-        finally:
-            lock.release()
 
     @contextlib.contextmanager
     def _on_every_process(self, state: PartialState) -> Iterator[None]:
@@ -390,16 +336,6 @@ class TeacherCache:
             raise CacheError(
                 "teacher cache: expected the same teacher and images on all processes, found different ones"
             )
-
-    @contextlib.contextmanager
-    def _storing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise CacheError(
-                f"{self.folder}: the teacher cache cannot be written ({error.strerror or error}); what is there is "
-                "kept. Give another 'teacher_cache_dir', or 'teacher_cache' off"
-            ) from error
 
     def place(self, device: torch.device, where: Literal["device", "host"]) -> None:
         """Moves the rows to where they are read from fastest.

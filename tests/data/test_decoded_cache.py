@@ -15,6 +15,7 @@ from hf_ihb.data.decode import EncodedImages
 from hf_ihb.data.decoded_cache import DecodedCache
 from hf_ihb.data.levels import count_levels
 from hf_ihb.errors import CacheError, DataError
+from hf_ihb.storage.block_store import BlockStore
 from tests.image_sets import NAMES, picture
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -49,7 +50,7 @@ def decoded_rows(monkeypatch):
 
 def test_a_file_holds_the_pixels_and_is_made_once(tmp_path, encoded, expected, decoded_rows, capsys):
     cache = DecodedCache(tmp_path, encoded)
-    assert cache.num_blocks == BLOCKS
+    assert cache.store.num_blocks == BLOCKS
     cache.open(2, show=True)
     assert torch.equal(cache.map(), expected)
     assert set(decoded_rows) == set(range(40))
@@ -100,7 +101,7 @@ def test_blocks_that_are_on_disk_are_not_made_again(tmp_path, encoded, expected,
 @pytest.mark.parametrize("cut", range(0, 200, 13))
 def test_a_journal_that_ends_anywhere_is_believed_as_far_as_it_goes(tmp_path, encoded, expected, cut):
     opened(tmp_path, encoded)
-    journal = DecodedCache(tmp_path, encoded).folder / decoded_cache.JOURNAL_FILE
+    journal = DecodedCache(tmp_path, encoded).folder / "journal-0.jsonl"
     journal.write_bytes(journal.read_bytes()[:cut])
     assert torch.equal(opened(tmp_path, encoded), expected)
     assert torch.equal(opened(tmp_path, encoded), expected)
@@ -109,7 +110,7 @@ def test_a_journal_that_ends_anywhere_is_believed_as_far_as_it_goes(tmp_path, en
 @pytest.mark.parametrize("garbage", [b"\xff\xfe\x00", b"null\n3\n[1]\n[[],2]\n{}\n", b'["x", "y"]\n[99, "ab"]\n'])
 def test_garbage_in_a_journal_is_passed_over(tmp_path, encoded, expected, garbage):
     opened(tmp_path, encoded)
-    journal = DecodedCache(tmp_path, encoded).folder / decoded_cache.JOURNAL_FILE
+    journal = DecodedCache(tmp_path, encoded).folder / "journal-0.jsonl"
     journal.write_bytes(garbage + journal.read_bytes())
     assert torch.equal(opened(tmp_path, encoded), expected)
 
@@ -176,7 +177,7 @@ def test_processes_that_need_the_same_file_make_it_once(tmp_path, encoded, expec
     assert {queue.get(timeout=60) for _ in processes} == {expected.numpy().tobytes()}
     for process in processes:
         process.join(30)
-    journal = (DecodedCache(tmp_path, encoded).folder / decoded_cache.JOURNAL_FILE).read_text()
+    journal = (DecodedCache(tmp_path, encoded).folder / "journal-0.jsonl").read_text()
     assert len(journal.split("\n\n")) == BLOCKS
 
 
@@ -225,7 +226,7 @@ def test_a_disk_that_fills_up_is_one_line_and_what_is_there_is_kept(
 
 
 def test_a_disk_that_does_not_keep_what_is_written_ends_in_one_line(tmp_path, encoded, monkeypatch):
-    monkeypatch.setattr(DecodedCache, "_write", lambda self, block, pixels: None)
+    monkeypatch.setattr(BlockStore, "write", lambda self, block, content: None)
     with pytest.raises(CacheError, match=r"expected 5 whole blocks of decoded images, found 5 damaged again after"):
         opened(tmp_path, encoded)
 
@@ -282,3 +283,9 @@ def test_a_fingerprint_of_a_file_is_of_its_pixels(tmp_path, encode, encoded, map
     assert same.folder != mapped.cache.folder
     assert same.fingerprint() == mapped.fingerprint()
     assert other.fingerprint() != mapped.fingerprint()
+
+
+def test_a_whole_file_is_read_without_a_lock(tmp_path, encoded, expected, monkeypatch):
+    opened(tmp_path, encoded)
+    monkeypatch.setattr(BlockStore, "lock", lambda self: pytest.fail("asked for the lock"))
+    assert torch.equal(opened(tmp_path, encoded), expected)

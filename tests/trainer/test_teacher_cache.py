@@ -15,6 +15,7 @@ import torch
 
 import hf_ihb.trainer.teacher_cache as module
 from hf_ihb.errors import CacheError
+from hf_ihb.storage.block_store import BlockStore
 from hf_ihb.trainer.cache_rows import Layout
 from hf_ihb.trainer.teacher_cache import TeacherCache, fingerprint
 
@@ -317,3 +318,14 @@ def test_a_fingerprint_sees_names_types_shapes_and_every_byte():
     assert fingerprint(reordered) == prints[0]
     images = torch.rand(2, 3, 4, 4)
     assert fingerprint({"w": images}) == fingerprint({"w": images.to(memory_format=torch.channels_last)})
+
+
+def test_a_whole_cache_is_read_without_a_lock_and_one_that_cannot_be_made_is_said(tmp_path, monkeypatch):
+    rows = opened(tmp_path)._rows.clone()
+    monkeypatch.setattr(BlockStore, "lock", lambda self: pytest.fail("asked for the lock"))
+    monkeypatch.setattr(BlockStore, "may_be_written", lambda self: False)
+    again = opened(tmp_path)
+    assert torch.equal(again._rows, rows)
+    assert again.trouble() is None
+    (again.folder / "rows.bin").unlink()
+    assert "expected a folder for the teacher cache that can be written to" in again.trouble()
