@@ -7,6 +7,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from hf_ihb.config.data import DataArguments
+from hf_ihb.data import load_image_data
+
 NAMES = ["cat", "dog", "owl"]
 
 
@@ -44,3 +47,7 @@ def rows(count, start=0, **kwargs):
 
 def pixels(images):
     return torch.stack([torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images])
+
+
+def load(name, **kwargs):
+    return load_image_data(DataArguments(dataset_name=str(name), **kwargs))

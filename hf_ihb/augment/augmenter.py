@@ -196,7 +196,7 @@ def class_targets(labels: Tensor, num_labels: int, smoothing: float, views: View
     """Class probabilities of a batch: smoothed first, then mixed like the images.
 
     Args:
-        labels: ``(B,)`` hard labels, or ``(B, K)`` probabilities, which are taken as they are.
+        labels: ``(B,)`` hard labels, or ``(B, K)`` probabilities, which are not smoothed.
         num_labels: Number of classes K.
         smoothing: Label smoothing in [0, 1).
         views: The batch's views; None for images made elsewhere.
@@ -204,10 +204,11 @@ def class_targets(labels: Tensor, num_labels: int, smoothing: float, views: View
     Returns:
         ``(B, K)`` float32, rows sum to 1.
     """
-    if labels.ndim == 2:
-        return labels.float()
-    targets = ops.smoothed_one_hot(labels, num_labels, smoothing)
+
+    def probabilities(labels: Tensor) -> Tensor:
+        return labels.float() if labels.ndim == 2 else ops.smoothed_one_hot(labels, num_labels, smoothing)
+
+    targets = probabilities(labels)
     if views is None or views.partner_labels is None:
         return targets
-    partners = ops.smoothed_one_hot(views.partner_labels, num_labels, smoothing)
-    return ops.mix(targets, partners, views.own_share[:, None])
+    return ops.mix(targets, probabilities(views.partner_labels), views.own_share[:, None])

@@ -5,6 +5,8 @@ from typing import Literal
 
 from hf_ihb.config.fields import AT_LEAST_ONE, FRACTION, NON_NEGATIVE, Checked, Range, key
 
+MAX_CLASSES = 1 << 20  # more are a column of something else, or a mistake; refused before anything is allocated
+
 
 @dataclass
 class DataArguments(Checked):
@@ -21,10 +23,17 @@ class DataArguments(Checked):
     dataset_revision: str | None = key(None, "Branch, tag or commit of the data set on the Hub.")
     image_column_name: str | None = key(None, "Column of the images; found by its type if not given.")
     label_column_name: str | None = key(None, "Column of the labels; found by its type if not given.")
+    compact_labels: bool = key(
+        False,
+        "Number the classes of integer labels anew, from 0 and without gaps; each keeps its integer as its name. "
+        "Labels with gaps are refused otherwise.",
+    )
     train_split: str = key("train", "Name of the training split.")
     test_split: str = key("test", "Name of the test split; evaluated once, at the end.")
     validation_split: str | None = key(
-        None, "Name of the validation split; if not given, a split named 'validation', 'valid' or 'val' is used."
+        None,
+        "Name of the validation split; if not given, a split named 'validation', 'valid', 'val' or 'dev' that is "
+        "neither the training nor the test split.",
     )
     validation_fraction: float = key(
         0.1,

@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import itertools
 import json
 import math
 import re
@@ -66,6 +67,7 @@ def parse_recipe(argv: Sequence[str], *dataclasses: type, description: str | Non
     """
     parser = _parser(argv, dataclasses, description, "RECIPE.json [--KEY VALUE ...]")
     path = recipe_path(argv)
+    _refuse_twice(argv[1:])
     return _parse(parser, argv[1:], dataclasses, read_recipe(path), path)
 
 
@@ -95,6 +97,7 @@ def parse_models(
     compares = any(f.name == "compare" for dataclass in dataclasses for f in fields(dataclass))
     parser = _parser(argv, dataclasses, description, f"{'[MODEL]' if compares else 'MODEL'} [--KEY VALUE ...]")
     model, options = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
+    _refuse_twice(options)
     early = parser.parse_known_args(options)[0]
     others = early.compare if compares else []
     if model is None and not others:
@@ -121,6 +124,7 @@ def parse_run(argv: Sequence[str], *dataclasses: type, description: str | None =
     parser = _parser(argv, dataclasses, description, "RUN [--KEY VALUE ...]")
     if not argv or argv[0].startswith("-"):
         raise RecipeError("command line: expected a run first, its folder, such as outputs/cka")
+    _refuse_twice(argv[1:])
     return Path(argv[0]), *_parse(parser, argv[1:], dataclasses, {}, "command line")
 
 
@@ -152,10 +156,10 @@ def _parse(
     if unknown and not unknown[0].startswith("--"):
         raise RecipeError(f"command line: expected --key value, found '{unknown[0]}'")
     if unknown:
-        name = unknown[0].lstrip("-").split("=")[0].replace("-", "_")
+        name = _key_of(unknown[0])
         _check_key(f"command line: key '{name}'", name, None, owners)
         raise RecipeError(f"command line: expected --key value, found '{unknown[0]}'")
-    given = {token.lstrip("-").split("=")[0].replace("-", "_") for token in options if token.startswith("--")}
+    given = {_key_of(token) for token in options if token.startswith("--")}
     for name in given & REVISIONS.keys() & values.keys():
         if getattr(namespace, name) != values[name] and REVISIONS[name] not in given:
             setattr(namespace, REVISIONS[name], None)
@@ -179,6 +183,28 @@ def _parse(
             except ValueError as error:
                 raise RecipeError(f"{path}: {_one_line(error)}") from error
     return tuple(instances)
+
+
+def _key_of(option: str) -> str:
+    return option.lstrip("-").split("=")[0].replace("-", "_")
+
+
+def _refuse_twice(options: Sequence[str]) -> None:
+    """Refuses a key that is given twice, of which argparse takes the last; ``--no_KEY`` gives it, too."""
+    values: dict[str, str] = {}
+    for i, token in enumerate(options):
+        if not token.startswith("--"):
+            continue
+        written, equals, value = token.partition("=")
+        rest = itertools.takewhile(lambda following: not following.startswith("--"), options[i + 1 :])
+        value = value if equals else " ".join(rest)
+        name = _key_of(written)
+        if (name := name.removeprefix("no_")) != _key_of(written):
+            value = "false"
+        if name in values:
+            found = "two tokens" if is_token_key(name) else f"{values[name] or 'true'} and {value or 'true'}"
+            raise RecipeError(_one_line(f"command line: key '{masked_key(name)}': expected once, found {found}"))
+        values[name] = value
 
 
 def recipe_path(argv: Sequence[str]) -> Path:

@@ -1,5 +1,6 @@
 """Any `datasets` image-classification set -> splits of uint8 images."""
 
+from hf_ihb.data.labels import CheckedLabels
 from hf_ihb.data.loading import DIGITS, load_image_data, load_image_split
 from hf_ihb.data.placement import onto, placement, rows_onto
 from hf_ihb.data.splits import (
@@ -15,6 +16,7 @@ from hf_ihb.data.splits import (
 
 __all__ = [
     "DIGITS",
+    "CheckedLabels",
     "ImageData",
     "ImageSplit",
     "MappedSplit",

@@ -1,6 +1,7 @@
 """Encoded images of a data set -> uint8 pixels."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -17,7 +18,7 @@ import numpy as np
 import PIL
 import torch
 from huggingface_hub import constants
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -25,6 +26,8 @@ from hf_ihb.errors import DataError
 
 MAX_PIXELS = 1 << 26
 PIL_MODES = {"rgb": "RGB", "grayscale": "L"}
+_DECODER = 2  # of these rules: what was decoded by others is another image
+_AT_MOST_16_BITS = ("PNG", "PPM")  # formats whose grey images may be 32-bit integers to Pillow, and are of 16 bits
 _AT_ONCE = 16  # images a thread takes at a time: handing them over one by one costs as much as decoding a small PNG
 _ROWS_BETWEEN_UPDATES = 512
 
@@ -54,6 +57,7 @@ class EncodedImages:
         where: Data set and split, for errors.
         local: Whether images may be files of this machine.
         identity: What tells the table from every other.
+        stored_mode: The mode that the data set says its images are to be read in first; their own if None.
     """
 
     table: datasets.Dataset
@@ -65,6 +69,7 @@ class EncodedImages:
     where: str
     local: bool
     identity: tuple[str, ...]
+    stored_mode: str | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -91,6 +96,8 @@ class EncodedImages:
             "rows": hashlib.sha256(np.ascontiguousarray(self.rows, dtype="<i8").tobytes()).hexdigest(),
             "shape": list(self.shape),
             "mode": self.mode,
+            "stored_mode": self.stored_mode,
+            "decoder": _DECODER,
             "pillow": PIL.__version__,
         }
 
@@ -143,7 +150,7 @@ class EncodedImages:
 
     def _pixels(self, record: dict[str, Any], row: int) -> Tensor:
         where = f"{self.where}, row {row}"
-        image = _open(record, self.mode, where, self.local)
+        image = _open(record, where, self.local, self.stored_mode, self.mode)
         if not self.resizes and (image.height, image.width) != self.size:
             raise RowError(
                 f"{where}: expected {self.size[0]} x {self.size[1]} px like row 0, found {image.height} x "
@@ -170,7 +177,7 @@ def size_of_first(table: datasets.Dataset, column: str, where: str, local: bool)
         DataError: If it cannot be used.
     """
     with _bombs_are_errors():
-        image = _open(table[0][column], "L", f"{where}, row 0", local)
+        image = _open(table[0][column], f"{where}, row 0", local)
     return image.height, image.width
 
 
@@ -182,16 +189,19 @@ def _bombs_are_errors() -> Iterator[None]:
         yield
 
 
-def _open(record: dict[str, Any], mode: str, where: str, local: bool) -> Image.Image:
-    """An image in one of PIL's modes; a data set of the Hub brings its images or has them in the cache."""
+def _open(record: dict[str, Any] | None, where: str, local: bool, *modes: str | None) -> Image.Image:
+    """An image, upright, brought to some of PIL's modes one after the other."""
+    if record is None or (record["bytes"] is None and record["path"] is None):
+        raise RowError(f"{where}: expected an image, found none; leave the row out")
     try:
-        if record["bytes"] is None and not local and not _in_cache(record["path"]):
+        if not may_read(record, local):
             raise RowError(f"{where}: expected an image of the data set, found the path {record['path']!r}")
         source = io.BytesIO(record["bytes"]) if record["bytes"] is not None else record["path"]
         with Image.open(source) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise RowError(f"{where}: expected at most {MAX_PIXELS} px, found {image.width} x {image.height}")
-            return image.convert(mode)
+            upright = _in_8_bits(_upright(image), image.format, where)
+            return functools.reduce(lambda image, mode: image.convert(mode), filter(None, modes), upright)
     except (
         OSError,
         SyntaxError,
@@ -203,6 +213,28 @@ def _open(record: dict[str, Any], mode: str, where: str, local: bool) -> Image.I
         unknown = isinstance(error, UnidentifiedImageError)  # whose text is the address of a buffer
         reason = "no format that Pillow knows" if unknown else " ".join(str(error).split())[:120]
         raise RowError(f"{where}: the image cannot be decoded ({reason})") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF orientation says it is to be seen, as `datasets` and `pipeline` turn it."""
+    image.load()
+    turned = image.getexif().get(ExifTags.Base.Orientation) is not None
+    return ImageOps.exif_transpose(image) if turned else image
+
+
+def _in_8_bits(image: Image.Image, stored_as: str | None, where: str) -> Image.Image:
+    """Grey images of 16 bits by their upper 8, as Pillow reads colours of 16 bits; it would cut them at 255."""
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;"):
+        return image
+    if image.mode == "F" or (image.mode == "I" and stored_as not in _AT_MOST_16_BITS):
+        kind = {"F": "floating-point", "I": "32-bit integer"}[image.mode]
+        raise RowError(f"{where}: expected levels of 8 or 16 bits, found {kind} ones, whose white is not known")
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+
+
+def may_read(record: dict[str, Any], local: bool) -> bool:
+    """Whether an image may be looked at: a data set of the Hub brings it, or has it in the cache."""
+    return record["bytes"] is not None or local or _in_cache(record["path"])
 
 
 def _in_cache(path: str | None) -> bool:

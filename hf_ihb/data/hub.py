@@ -1,13 +1,16 @@
-"""Any `datasets` image-classification set: its splits at one commit, its columns, its labels."""
+"""Any `datasets` image-classification set: its splits at one commit, and its columns."""
 
-from collections.abc import Sequence
+import contextlib
+import glob
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
-import torch
+import pyarrow as pa
+from datasets import data_files
 from datasets.naming import camelcase_to_snakecase
 from datasets.packaged_modules.cache.cache import Cache
-from torch import Tensor
 
 from hf_ihb.access import HUB_ERRORS, explain, is_offline, resolve_commit
 from hf_ihb.config.data import DataArguments
@@ -27,17 +30,41 @@ def fetch(args: DataArguments) -> tuple[datasets.DatasetDict, str | None]:
     commit = resolve_commit(name, args.dataset_revision, repo_type="dataset", what="data set")
     try:
         if commit is None:
-            splits = datasets.load_dataset(str(Path(name).expanduser()), args.dataset_config_name)
+            with _name_as_it_stands(folder := Path(name).expanduser()):
+                splits = datasets.load_dataset(str(folder), args.dataset_config_name)
         else:
             splits = _prepared(args, commit) if is_offline("dataset") else _downloaded(args, commit)
     except _UNREADABLE as error:
         if commit is None:
-            reason = " ".join(str(error).split())[:300]
+            # `datasets` says of whatever goes wrong in the middle that something did
+            said = isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__
+            reason = " ".join(str(said or error).split())[:300]
             raise DataError(f"folder '{name}' could not be loaded: {reason}") from error
         raise DataError(explain(error, "data set", name, commit)) from error
     if not isinstance(splits, datasets.DatasetDict):
         raise DataError(f"{name}: expected a data set with splits, found {type(splits).__name__}")
     return splits, commit
+
+
+@contextlib.contextmanager
+def _name_as_it_stands(folder: Path) -> Iterator[None]:
+    """Brackets, stars and question marks in a folder's name, which `datasets` reads as a pattern, for that name alone.
+
+    It puts the name before the patterns of its own or of a README, all in one function.
+    """
+    if not glob.has_magic(str(folder.resolve())):
+        yield
+        return
+    resolve = data_files.resolve_pattern
+
+    def resolve_in(pattern: str, base_path: str, *args: Any, **options: Any) -> list[str]:
+        return resolve(pattern, glob.escape(base_path), *args, **options)
+
+    data_files.resolve_pattern = resolve_in
+    try:
+        yield
+    finally:
+        data_files.resolve_pattern = resolve
 
 
 def _downloaded(args: DataArguments, commit: str) -> datasets.DatasetDict:
@@ -102,29 +129,16 @@ def find_columns(args: DataArguments, features: datasets.Features) -> tuple[str,
     )
 
 
-def class_names(split: datasets.Dataset, column: str) -> list[str]:
-    """Name of each class; of integers without names, their digits.
+def undecoded(split: datasets.Dataset, column: str, where: str) -> datasets.Dataset:
+    """A split's column of images alone, as the data set stores them.
 
     Raises:
-        DataError: If the column holds no classes.
+        DataError: If it holds something else.
     """
-    feature = split.features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        return list(feature.names)
-    values = [v for v in split[column] if v is not None]
-    if not all(isinstance(v, int) for v in values):
-        raise DataError(f"column '{column}': expected class labels or integers, found {type(values[0]).__name__}")
-    return [str(n) for n in range(max(values, default=-1) + 1)]
-
-
-def read_labels(column: Sequence[int | None], names: list[str], where: str) -> Tensor:
-    """``(N,)`` int64.
-
-    Raises:
-        DataError: If a label is missing or none of the classes; the first of them.
-    """
-    values = list(column)
-    for row, value in enumerate(values):
-        if value is None or not 0 <= value < len(names):
-            raise DataError(f"{where}, row {row}: expected a label in [0, {len(names)}), found {value}")
-    return torch.tensor(values)
+    try:
+        return split.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    except (pa.ArrowException, TypeError, ValueError, NotImplementedError) as error:
+        found = getattr(split.features[column], "dtype", type(split.features[column]).__name__)
+        raise DataError(
+            f"{where}, column '{column}': expected images, found {found}; give 'image_column_name'"
+        ) from error

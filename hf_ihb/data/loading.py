@@ -1,6 +1,7 @@
 """A data set by its name -> splits, with images in memory, in a file, or decoded when they are asked for."""
 
 import io
+import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +18,9 @@ from hf_ihb.access import is_local
 from hf_ihb.config.data import DataArguments
 from hf_ihb.data.decode import PIL_MODES, EncodedImages, default_workers, size_of_first
 from hf_ihb.data.decoded_cache import DecodedCache, decoded_root
-from hf_ihb.data.hub import class_names, fetch, find_columns, read_labels
+from hf_ihb.data.hub import fetch, find_columns, undecoded
+from hf_ihb.data.labels import classes_of
+from hf_ihb.data.overlap import refuse_shared_images
 from hf_ihb.data.placement import available_memory, local_processes, readable_bytes
 from hf_ihb.data.splits import (
     ImageData,
@@ -53,11 +56,14 @@ def load_image_data(args: DataArguments) -> ImageData:
     """Loads, checks and splits a data set; decodes it as `decode` says.
 
     Raises:
-        RecipeError: If a validation split is asked for and left out by `selection_split`.
-        DataError: If it cannot be found, a column or split is missing, or a row cannot be used.
+        RecipeError: If a validation split is asked for and left out by `selection_split`, or a split has two roles.
+        DataError: If it cannot be found, a column or split is missing, splits share images, or a row cannot be used.
         CacheError: If decoded images cannot be stored.
     """
     parts, revision = _all_parts(args)
+    note = refuse_shared_images({name: part.encoded for name, part in parts.items()})
+    if note is not None and _shows():
+        print(note, flush=True)
     way = _choose(args, parts)
     splits = {name: _built(args, part, way) for name, part in parts.items()}
     validation = splits.get("validation", splits["test"])
@@ -98,7 +104,8 @@ def _all_parts(args: DataArguments) -> tuple[dict[str, _Part], str | None]:
         rest, held_out = split_by_class(train.labels, args.validation_fraction, args.split_seed, where)
         parts |= {"train": train.select(rest), "validation": train.select(held_out)}
     limits = {"train": args.max_train_samples, "validation": args.max_eval_samples, "test": args.max_eval_samples}
-    return {name: _limited(args, part, limits[name], name) for name, part in parts.items()}, revision
+    # in this order, whichever of them the set has of its own
+    return {name: _limited(args, parts[name], limit, name) for name, limit in limits.items() if name in parts}, revision
 
 
 def _limited(args: DataArguments, part: _Part, limit: int | None, name: str) -> _Part:
@@ -114,13 +121,34 @@ def _refuse_validation(args: DataArguments) -> None:
 
 
 def _stored_parts(args: DataArguments) -> tuple[dict[str, _Part], str | None]:
+    _check_roles(args)
     tables, revision = fetch(args)
-    name = args.validation_split or next((n for n in _VALIDATION_NAMES if n in tables), None)
     wanted = {"train": args.train_split, "test": args.test_split}
-    if name is not None and args.selection_split != "test":
+    if args.selection_split != "test" and (name := args.validation_split or _validation_among(args, tables)):
         wanted["validation"] = name
     _require(args, tables, wanted)
     return _parts(args, tables, wanted, args.train_split, revision), revision
+
+
+def _check_roles(args: DataArguments) -> None:
+    """Refuses a split that is to be two things, before anything is loaded."""
+    roles = {"train_split": args.train_split, "validation_split": args.validation_split, "test_split": args.test_split}
+    for (one, name), (other, same) in itertools.combinations(roles.items(), 2):
+        if name == same:
+            remedy = "give them different splits"
+            if "train_split" not in (one, other):
+                remedy += ", or 'selection_split' test to select on the images that are reported"
+            raise RecipeError(f"keys '{one}' and '{other}' contradict: both name split '{name}'; {remedy}")
+
+
+def _validation_among(args: DataArguments, tables: datasets.DatasetDict) -> str | None:
+    """A split that is called a validation split and is none of the others."""
+    names = [name for name in _VALIDATION_NAMES if name in tables]
+    free = [name for name in names if name not in (args.train_split, args.test_split)]
+    if names and not free and _shows():
+        share = f"{args.validation_fraction:g} of split '{args.train_split}' is held out for validation"
+        print(f"split '{names[0]}' is taken for something else; {share}", flush=True)
+    return free[0] if free else None
 
 
 def _test_part(args: DataArguments) -> tuple[_Part, str | None]:
@@ -129,7 +157,7 @@ def _test_part(args: DataArguments) -> tuple[_Part, str | None]:
     _require(args, tables, wanted)
     # columns, classes and size are the training split's, so that images are those a run has evaluated
     reference = args.train_split if len(tables.get(args.train_split, ())) else args.test_split
-    test = _parts(args, tables, wanted, reference, revision)["test"]
+    test = _parts(args, tables, wanted, reference, revision, complete=reference == args.train_split)["test"]
     return _limited(args, test, args.max_eval_samples, "test"), revision
 
 
@@ -163,16 +191,18 @@ def _parts(
     wanted: Mapping[str, str],
     reference: str,
     revision: str | None,
+    *,
+    complete: bool = True,
 ) -> dict[str, _Part]:
-    """The wanted splits with columns, classes and image size of a reference split."""
+    """The wanted splits with columns, classes (all of them, if `complete`) and image size of a reference split."""
     image_column, label_column = find_columns(args, tables[reference].features)
-    names, local = class_names(tables[reference], label_column), is_local(args.dataset_name)
-    undecoded = {
-        split: tables[split].select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-        for split in {*wanted.values(), reference}
+    local, where = is_local(args.dataset_name), _where(args, reference)
+    classes = classes_of(tables[reference], label_column, where, compact=args.compact_labels, complete=complete)
+    images = {
+        split: undecoded(tables[split], image_column, _where(args, split)) for split in {*wanted.values(), reference}
     }
     if args.image_size is None:
-        size = size_of_first(undecoded[reference], image_column, _where(args, reference), local)
+        size = size_of_first(images[reference], image_column, where, local)
     else:
         size = (args.image_size, args.image_size)
     parts = {}
@@ -182,18 +212,19 @@ def _parts(
         if revision is None:
             identity = (tables[split]._fingerprint,)
         encoded = EncodedImages(
-            table=undecoded[split],
+            table=images[split],
             column=image_column,
-            rows=np.arange(len(undecoded[split])),
+            rows=np.arange(len(images[split])),
             size=size,
             resizes=args.image_size is not None or split != reference,
             mode=PIL_MODES[args.color_mode],
             where=_where(args, split),
             local=local,
             identity=identity,
+            stored_mode=getattr(tables[split].features[image_column], "mode", None),
         )
-        labels = read_labels(tables[split][label_column], names, _where(args, split))
-        parts[part] = _Part(encoded, labels, names)
+        labels = classes.labels(tables[split][label_column], encoded.where)
+        parts[part] = _Part(encoded, labels, classes.names)
     return parts
 
 

@@ -15,6 +15,7 @@ from transformers import default_data_collator
 
 from hf_ihb.data.decode import EncodedImages, default_workers
 from hf_ihb.data.decoded_cache import DecodedCache
+from hf_ihb.data.labels import check_labels
 from hf_ihb.data.levels import count_levels, moments
 from hf_ihb.data.placement import onto
 from hf_ihb.errors import DataError
@@ -33,9 +34,13 @@ class StoredSplit(torch.utils.data.Dataset, ABC):
     Args:
         labels: ``(N,)`` int64 in [0, len(label_names)).
         label_names: Name of each class, in label order.
+
+    Raises:
+        DataError: If a label is none of the classes.
     """
 
     def __init__(self, labels: Tensor, label_names: Sequence[str]) -> None:
+        check_labels(labels, len(label_names))
         self.labels, self.label_names = labels, list(label_names)
         self.key = uuid.uuid4().hex
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING
 
 from hf_ihb.access import fetch_file, resolve_commit
+from hf_ihb.config.data import MAX_CLASSES
 from hf_ihb.errors import ModelLoadError
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -120,6 +121,12 @@ def _check_config(config: dict[str, Any], who: str) -> None:
                 f"{who}: {CONFIG_FILE}, key 'model_args.{key}': expected none, found {model_args[key]!r}"
             )
     _check_values(config, CONFIG_FILE, who)
+    for keys, count in _leaves(config):
+        # libraries make a name and a row of weights for each
+        if keys[-1] in ("num_labels", "num_classes") and isinstance(count, (int, float)) and count > MAX_CLASSES:
+            raise ModelLoadError(
+                f"{who}: {CONFIG_FILE}, key '{'.'.join(keys)}': expected at most {MAX_CLASSES} classes, found {count}"
+            )
 
 
 def _check_processor(content: dict[str, Any], filename: str, who: str) -> None:
@@ -141,7 +148,9 @@ def _check_code(content: dict[str, Any], kind: str, is_known: bool, filename: st
 
 def _check_values(content: dict[str, Any], filename: str, who: str) -> None:
     """Refuses values that make a library look outside the model's own files."""
-    for keys, text in _texts(content):
+    for keys, text in _leaves(content):
+        if not isinstance(text, str):
+            continue
         kernel = any("kernel" in key or key.endswith("_implementation") for key in keys) and "/" in text
         if kernel or _OUTSIDE.match(text):
             found = "code of another repo" if kernel else "a path"
@@ -151,16 +160,16 @@ def _check_values(content: dict[str, Any], filename: str, who: str) -> None:
             )
 
 
-def _texts(content: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Every text of a JSON value with the keys that lead to it, but those that nothing is opened by."""
+def _leaves(content: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every text and number of a JSON value with the keys that lead to it, but those that nothing is made of."""
     if isinstance(content, dict):
         for key, value in content.items():
             if key not in _FREE_TEXT:
-                yield from _texts(value, (*keys, key))
+                yield from _leaves(value, (*keys, key))
     elif isinstance(content, list):
         for value in content:
-            yield from _texts(value, keys)
-    elif isinstance(content, str):
+            yield from _leaves(value, keys)
+    else:
         yield keys, content
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 from hf_ihb.augment import Augmenter, class_targets
@@ -140,9 +141,14 @@ def first_batch(images: Any, collate: Callable) -> dict[str, Any]:
     """A batch of one image, to see shapes with.
 
     Raises:
-        DataError: If there are no images.
+        DataError: If there are no images, or they come as a stream.
     """
     if images is None:
         raise DataError("expected a train_dataset or eval_dataset to read the image size off, found none")
     images = next(iter(images.values())) if isinstance(images, dict) else images
+    if isinstance(images, IterableDataset):
+        raise DataError(
+            f"train_dataset: expected one with an item for each number, found a stream ({type(images).__name__}), "
+            "which methods that compare features cannot take; load the data set without streaming"
+        )
     return collate([images[0]])

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import Trainer
 from transformers.trainer_utils import seed_worker
 
-from hf_ihb.data import ImageSplit
+from hf_ihb.data import CheckedLabels, ImageSplit
 from hf_ihb.errors import DataError
 
 
@@ -22,11 +22,12 @@ def image_loader(
     is_training: bool = False,
     dataloader_key: str | None = None,
 ) -> DataLoader:
-    """A loader as `Trainer` makes it, with three differences.
+    """A loader as `Trainer` makes it, with four differences.
 
     Images on an accelerator are gathered there, by this process, and need no pinning. `dataloader_drop_last` is about
     training; stock `Trainer` drops evaluation images by it as well. With persistent workers stock `Trainer` keeps one
-    loader under a key that all data sets share, and gives it out for each of them.
+    loader under a key that all data sets share, and gives it out for each of them. Labels are looked at where a batch
+    is made, on the host.
 
     Args:
         trainer: Gives arguments, collator and accelerator.
@@ -45,6 +46,7 @@ def image_loader(
         dataset, collate = trainer._remove_unused_columns(dataset, description), trainer.data_collator
     else:
         collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description)
+    collate = CheckedLabels(collate, trainer.batches.num_labels)
     how: dict[str, Any] = {"batch_size": batch_size, "collate_fn": collate}
     if isinstance(dataset, ImageSplit) and dataset.images.device.type != "cpu":
         how |= {"num_workers": 0, "pin_memory": False}

@@ -416,6 +416,15 @@ def test_class_probabilities_are_taken_as_they_are():
     assert torch.equal(class_targets(given, 2, 0.1, None), given.float())
 
 
+def test_class_probabilities_are_mixed_like_hard_labels():
+    hard, partners, share = torch.tensor([0, 2, 1]), torch.tensor([3, 0, 1]), torch.tensor([1.0, 0.25, 0.6])
+    found = [
+        class_targets(labels, 4, 0.0, Views(*[torch.zeros(0)] * 3, own_share=share, partner_labels=others))
+        for labels, others in ((hard, partners), (torch.eye(4)[hard], torch.eye(4)[partners]))
+    ]
+    assert torch.equal(found[0], found[1])
+
+
 def test_pixels_become_floats_between_zero_and_one():
     levels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(as_float(levels), levels.float() / 255)

@@ -16,8 +16,8 @@ from hf_ihb.config.data import DataArguments
 from hf_ihb.config.fields import TRAINING_RANGES
 from hf_ihb.config.measure import EvaluationArguments
 from hf_ihb.config.model import ModelArguments, TeacherArguments
-from hf_ihb.config.recipe import MAX_RECIPE_BYTES, parse_models, parse_recipe, read_recipe, recipe_path
-from hf_ihb.config.run import RunArguments
+from hf_ihb.config.recipe import MAX_RECIPE_BYTES, parse_models, parse_recipe, parse_run, read_recipe, recipe_path
+from hf_ihb.config.run import PublishArguments, RunArguments
 from hf_ihb.errors import RecipeError
 from hf_ihb.trainer.arguments import (
     LogitDistillationTrainingArguments,
@@ -652,3 +652,43 @@ def test_what_stands_beside_a_model_is_checked_like_a_recipe():
 def test_analyses_are_made_in_one_order():
     args = AnalysisArguments(metrics="hessian, attention")
     assert args.analyses == ["attention", "hessian"]
+
+
+# ---- Given twice ----
+
+
+@pytest.mark.parametrize(("options", "found"), [
+    (["--seed", "1", "--seed", "2"], "key 'seed': expected once, found 1 and 2"),
+    (["--seed=1", "--patch_size", "4", "--seed", "1"], "key 'seed': expected once, found 1 and 1"),
+    (["--patch-size", "2", "--patch_size=4"], "key 'patch_size': expected once, found 2 and 4"),
+    (["--hidden_sizes", "8", "16", "--hidden_sizes", "4"], "key 'hidden_sizes': expected once, found 8 16 and 4"),
+    (["--bf16", "--no_bf16"], "key 'bf16': expected once, found true and false"),
+    (["--bf16", "false", "--bf16"], "key 'bf16': expected once, found false and true"),
+    (["--dataset_name", "a\nb", "--dataset_name", "c"], "key 'dataset_name': expected once, found a b and c"),
+    (["--hub_token", "hf_" + "x" * 20, "--hub_token", "y"], "key 'hub_token': expected once, found two tokens"),
+])  # fmt: skip
+def test_a_key_given_twice_is_refused_with_both_values(tmp_path, options, found):
+    path = tmp_path / "recipe.json"
+    path.write_text("{}")
+    with pytest.raises(RecipeError) as error:
+        parse_recipe([str(path), *options], *TRAIN)
+    assert str(error.value) == f"command line: {found}"
+
+
+def test_a_key_given_twice_is_refused_by_every_script(tmp_path):
+    asked = []
+    twice = ["--device", "cpu", "--device", "cuda"]
+    for first in (["somewhere"], ["--compare", "a", "b"]):
+        with pytest.raises(RecipeError, match=r"^command line: key 'device': expected once, found cpu and cuda$"):
+            parse_models([*first, *twice], DataArguments, AnalysisArguments, defaults=lambda *name: asked.append(name))
+    with pytest.raises(RecipeError, match=r"^command line: key 'license': expected once, found a and b$"):
+        parse_run([str(tmp_path), "--license", "a", "--license", "b"], PublishArguments)
+    assert not asked
+
+
+def test_a_revision_that_is_looked_up_is_not_one_given_twice():
+    name, _, args = parse_models(
+        ["me/model", "--model_revision", "main"], DataArguments, EvaluationArguments,
+        defaults=lambda *asked: {"model_revision": "0" * 40},
+    )  # fmt: skip
+    assert (name, args.model_revision) == ("me/model", "0" * 40)

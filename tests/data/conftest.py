@@ -8,6 +8,11 @@ from tests.image_sets import as_bytes, picture
 
 
 @pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "set"
+
+
+@pytest.fixture
 def small_blocks(monkeypatch):
     """Files of several blocks: nine images of 6 x 6 px each."""
     monkeypatch.setattr(decoded_cache, "_BLOCK_BYTES", 9 * 3 * 36)

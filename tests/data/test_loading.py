@@ -51,11 +51,6 @@ def load(tmp_path):
     return load
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "set"
-
-
 def jpeg(image):
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=90)
@@ -125,7 +120,7 @@ def test_digits_are_read_every_way(load, way):
 def test_the_first_bad_row_is_named_by_its_place_in_the_data_set(folder, load, way, num_workers):
     train = rows(90)
     train[31], train[80] = (b"broken", 1), (b"broken", 2)
-    name = write(folder, train=train, test=rows(6))
+    name = write(folder, train=train, test=rows(6, start=900))
     options = {"selection_split": "test", "preprocessing_num_workers": num_workers}
     with pytest.raises(DataError, match="split 'train', row 31: the image cannot be decoded"):
         load(name, way, **options).train.__getitems__(range(90))
@@ -161,7 +156,7 @@ def test_a_single_split_decodes_nothing_else(folder, load, tmp_path):
 
 
 def test_an_image_of_another_size_in_a_stream_is_one_line_naming_the_key(folder, load):
-    name = write(folder, train=[*rows(29), (picture(50, (8, 7)), 2)], test=rows(3, size=(9, 9)))
+    name = write(folder, train=[*rows(29), (picture(50, (8, 7)), 2)], test=rows(3, start=900, size=(9, 9)))
     data = load(name, "stream", selection_split="test")
     assert data.test.__getitems__([0, 1])["pixel_values"].shape == (2, 3, 6, 6)
     with pytest.raises(DataError, match=r"row 29: expected 6 x 6 px like row 0, found 8 x 7; give 'image_size'"):
@@ -170,7 +165,7 @@ def test_an_image_of_another_size_in_a_stream_is_one_line_naming_the_key(folder,
 
 
 def test_statistics_of_a_stream_are_those_of_evenly_spaced_rows(folder, load, monkeypatch):
-    name = write(folder, train=rows(31), test=rows(6))
+    name = write(folder, train=rows(31), test=rows(6, start=900))
     options = {"selection_split": "test"}
     whole, stream = load(name, **options).train, load(name, "stream", **options).train
     assert stream.statistics() == whole.statistics()
@@ -193,7 +188,7 @@ def test_statistics_of_a_stream_are_those_of_evenly_spaced_rows(folder, load, mo
 def test_the_way_follows_from_memory_and_disk(
     folder, tmp_path, monkeypatch, capsys, decode, memory, disk, way, processes
 ):
-    name = write(folder, train=rows(30), test=rows(6))
+    name = write(folder, train=rows(30), test=rows(6, start=900))
     num_bytes = 36 * 3 * 36
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setattr(loading, "available_memory", lambda whole: 2 * processes * memory * num_bytes)
@@ -209,7 +204,7 @@ def test_the_way_follows_from_memory_and_disk(
 
 
 def test_a_file_that_is_there_needs_no_room(folder, load, tmp_path, monkeypatch):
-    name = write(folder, train=rows(30), test=rows(6))
+    name = write(folder, train=rows(30), test=rows(6, start=900))
     load(name, "file")
     monkeypatch.setattr(DecodedCache, "bytes_free", lambda self: 0)
     cache = str(tmp_path / "decoded")
@@ -218,7 +213,7 @@ def test_a_file_that_is_there_needs_no_room(folder, load, tmp_path, monkeypatch)
 
 
 def test_decoded_images_are_never_written_among_the_data(folder):
-    name = write(folder, train=rows(30), test=rows(6))
+    name = write(folder, train=rows(30), test=rows(6, start=900))
     for inside in (folder, folder / "decoded" / "here", folder.parent / "other" / ".." / "set" / "decoded"):
         args = DataArguments(name, decoded_memory_fraction=0.0, decoded_cache_dir=str(inside))
         with pytest.raises(RecipeError, match="key 'decoded_cache_dir': expected a folder outside of the data set"):
@@ -227,15 +222,15 @@ def test_decoded_images_are_never_written_among_the_data(folder):
 
 
 def test_another_data_set_under_the_same_name_has_another_file(folder, load):
-    first = load(write(folder, train=rows(30), test=rows(6)), "file")
-    second = load(write(folder, train=rows(30, start=50), test=rows(6, start=50)), "file")
+    first = load(write(folder, train=rows(30), test=rows(6, start=900)), "file")
+    second = load(write(folder, train=rows(30, start=50), test=rows(6, start=950)), "file")
     assert first.train.cache.folder != second.train.cache.folder
     assert torch.equal(second.test.images, load(str(folder)).test.images)
     assert not torch.equal(second.test.images, first.test.images)
 
 
 def test_a_commit_of_the_hub_names_its_files(hub_here, folder, load, request):
-    write(folder, train=rows(30), test=rows(6))
+    write(folder, train=rows(30), test=rows(6, start=900))
     name = f"me/set{abs(hash(request.node.name))}"
     hub_here.add_folder(name, folder, "dataset")
     data = load(name, "file")

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from hf_ihb import access
+from hf_ihb.config.data import MAX_CLASSES
 from hf_ihb.config.model import ModelArguments, TeacherArguments
 from hf_ihb.errors import ModelLoadError
 from hf_ihb.models.files import model_files
@@ -206,6 +207,21 @@ def test_a_config_that_reaches_outside_is_refused(hub_here, folder, tmp_path, mo
     assert not (tmp_path / CANARY).exists()
     assert not [r.path for r in hub_here.requests if r.path.endswith((".py", ".safetensors"))]
     assert not [r.path for r in hub_here.requests if "/me/vit" not in r.path]
+
+
+@pytest.mark.parametrize("changes", [
+    {"num_labels": 10**9}, {"num_labels": 1e9}, {"id2label": None, "num_labels": 10**12},
+    {"model_args": {"num_classes": 10**9}},
+    {"pretrained_cfg": {"num_classes": 10**9}}, {"vision_config": {"num_labels": 10**9}},
+])  # fmt: skip
+@pytest.mark.parametrize("untrained", [None, 0])
+def test_more_classes_than_there_can_be_are_refused_before_names_are_made_of_them(folder, changes, untrained):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(
+        ModelLoadError, match=rf"^teacher .*expected at most {MAX_CLASSES} classes, found 10{{9}}(0{{3}}|\.0)?$"
+    ):
+        load_pretrained(str(folder), role="teacher", untrained_seed=untrained)
 
 
 def test_timm_reads_no_other_file(hub_here, tmp_path, monkeypatch):
