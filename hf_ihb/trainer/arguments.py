@@ -259,13 +259,23 @@ class DistillationTrainingArguments(MethodKeys, SupervisedTrainingArguments):
         """Refuses what contradicts other arguments of the run.
 
         Raises:
-            ValueError: If the teacher would score a clean image where the student sees two mixed ones.
+            ValueError: If the teacher would score a clean image where the student sees two mixed ones, or if no image
+                is left whose tokens have a counterpart at the teacher's.
         """
-        mixes = any(isinstance(other, AugmentationArguments) and other.mixes for other in others)
-        learns = any(method.needs.logits for method in methods_of(self))
-        if learns and mixes and self.teacher_logits_view == "clean":
+        mixing = next((o for o in others if isinstance(o, AugmentationArguments) and o.mixes), None)
+        if mixing is None:
+            return
+        on = methods_of(self)
+        if any(method.needs.logits for method in on) and self.teacher_logits_view == "clean":
             raise ValueError(
                 "keys 'teacher_logits_view' and 'mixup_alpha' or 'cutmix_alpha' contradict: a clean view is not mixed"
+            )
+        compared = [method.label for method in on if method.needs.layers or method.needs.final]
+        if compared and self.teacher_view != "identical" and mixing.mix_probability == 1:
+            raise ValueError(
+                f"keys 'mix_probability' and 'teacher_view' contradict: every image is mixed, which leaves none to the "
+                f"{', '.join(compared)} loss; expected mix_probability < 1 or teacher_view 'identical', found 1 and "
+                f"'{self.teacher_view}'"
             )
 
 

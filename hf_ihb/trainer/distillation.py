@@ -221,6 +221,8 @@ class DistillationTrainer(SupervisedTrainer):
         """The loss of a micro-batch, a scalar, and unweighted scalars to log."""
         task = self.task_loss(self._taught_heads(outputs), outputs, step)
         losses, components = self._losses(outputs, step), {"task_loss": task}
+        if step.unmixed is not None and self.augmentation.mixes:
+            components["compared_images"] = step.unmixed.mean()  # the share that feature losses are of
         label_term, others = task, []
         for method in self.methods:
             value, beside = losses[method.name]
