@@ -37,6 +37,7 @@ from hf_ihb.runs.folder import (
 )
 from hf_ihb.storage import folder_lock
 from hf_ihb.trainer import SupervisedTrainer
+from hf_ihb.trainer.callbacks import earlier_seconds
 from hf_ihb.trainer.publishing import resolved_recipe
 
 logger = logging.get_logger(__name__)
@@ -84,6 +85,8 @@ def open_run(args: TrainingArguments, run_args: RunArguments, recipe: Path) -> N
             resumed nor overwritten; or if the run asks for an analysis that there is none of.
     """
     chosen_analyses(run_args)
+    if args.prediction_loss_only:
+        raise RecipeError("key 'prediction_loss_only': expected false in a run, whose accuracy is measured, found true")
     goes_on = bool(resume_argument(args))
     RunFolder(args.output_dir).check_writable(goes_on=goes_on, replaces=run_args.overwrite_output_dir)
     if args.process_index == 0 and (note := batch_note(args, read_recipe(recipe), str(recipe))) is not None:
@@ -172,7 +175,8 @@ def _run(trainer: SupervisedTrainer, data: ImageData, recipe: Path, arguments: t
     validation = _metrics(trainer, data.validation, "validation")
     with recorded_heads(trainer) as heads:
         test = _metrics(trainer, data.test, "test")
-    results = {"validation": validation, "test": test} | _facts(trainer, data, result.metrics["train_runtime"])
+    seconds = earlier_seconds(trainer) + result.metrics["train_runtime"]
+    results = {"validation": validation, "test": test} | _facts(trainer, data, seconds)
     if trainer.is_world_process_zero():
         write_json(folder / HISTORY_FILE, trainer.state.log_history)
         write_json(folder / EVALUATION_FILE, results)

@@ -1,5 +1,6 @@
 """Fields of a recipe: a help text, a unit, a range and a type for each key, checked wherever a value comes from."""
 
+import copy
 import json
 import math
 import os
@@ -8,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from functools import cache
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
@@ -142,6 +143,48 @@ class Checked:
                     raise ValueError(f"key '{f.name}': expected {expected}, found {shown(value)}")
             if (allowed := out_of_range(type(self), f.name, value)) is not None:
                 raise ValueError(f"key '{f.name}': expected a number {allowed}, found {value}")
+
+
+class Remade(Checked):
+    """Checked arguments that can be made anew with other values: what was derived from others is derived again."""
+
+    def _derive(self) -> None:
+        """Fills in what follows from other keys, and refuses what contradicts."""
+
+    def _settle(self) -> None:
+        """What a subclass ends its ``__post_init__`` with."""
+        self._given = self._values()
+        self._derive()
+        self._derived = self._values()
+
+    def _values(self) -> dict[str, Any]:
+        return {f.name: copy.copy(getattr(self, f.name)) for f in fields(self) if f.init}
+
+    @property
+    def is_as_made(self) -> bool:
+        """Whether nothing was set since they were made."""
+        return self._values() == self._derived
+
+    def remade(self, **values: Any) -> Self:
+        """A copy that takes what was set by hand since, and some other values; nothing beside the keys is set up anew.
+
+        Raises:
+            ValueError: As when they were made.
+        """
+        new, now = copy.copy(self), self._values()
+        kept = {name: self._given[name] if value == self._derived[name] else value for name, value in now.items()}
+        for name, value in (kept | values).items():
+            is_name = isinstance(kept[name], Enum) and isinstance(value, str)
+            setattr(new, name, type(kept[name])(value) if is_name else value)
+        Checked.__post_init__(new)
+        new._settle()
+        return new
+
+    def take(self, other: Self) -> None:
+        """Becomes what others of the same kind are."""
+        for name, value in other._values().items():
+            setattr(self, name, value)
+        self._given, self._derived = other._given, other._derived
 
 
 def is_key(dataclass_field: Any) -> bool:

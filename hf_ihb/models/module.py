@@ -166,6 +166,23 @@ class StudentModule(PreTrainedModel):
             self._counts[only_trainable] = super().num_parameters(only_trainable, exclude_embeddings)
         return self._counts[only_trainable]
 
+    @property
+    def class_heads(self) -> dict[str, nn.Module]:
+        """The classifiers on the cls and on the distillation token, where there are two."""
+        if self.distillation_head is not None:
+            return {"cls": self.student.classifier, "distillation": self.distillation_head}
+        if hasattr(self.student, "distillation_classifier"):
+            return {"cls": self.student.cls_classifier, "distillation": self.student.distillation_classifier}
+        return {}
+
+    @property
+    def inference_heads(self) -> tuple[str, ...]:
+        """Which of `class_heads` inference uses."""
+        if self.distillation_head is not None:
+            return ("cls",)
+        chosen = getattr(self.config, "inference_head", "average")
+        return tuple(name for name in self.class_heads if chosen in (name, "average"))
+
     def forward(
         self,
         pixel_values: Tensor,
@@ -227,9 +244,8 @@ class StudentModule(PreTrainedModel):
         cls_logits = getattr(outputs, "cls_logits", None)
         if cls_logits is None:
             return None, None, (outputs.logits,)
-        both = (cls_logits, outputs.distillation_logits)
-        used = {"cls": both[:1], "distillation": both[1:]}.get(getattr(self.config, "inference_head", "average"), both)
-        return *both, used
+        both = {"cls": cls_logits, "distillation": outputs.distillation_logits}
+        return *both.values(), tuple(both[name] for name in self.inference_heads)
 
 
 for _name, _method in vars(PeftAdapterMixin).items():

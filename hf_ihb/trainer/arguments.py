@@ -1,23 +1,31 @@
 """Keys of training: `TrainingArguments` with ours."""
 
 import functools
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_utils import HubStrategy
 from transformers.utils import is_torch_tf32_available
 
 from hf_ihb.config.augmentation import AugmentationArguments
-from hf_ihb.config.fields import AT_LEAST_ONE, FRACTION_BELOW_ONE, NON_NEGATIVE, Checked, is_key, key, type_hints
+from hf_ihb.config.fields import (
+    AT_LEAST_ONE,
+    FRACTION_BELOW_ONE,
+    NON_NEGATIVE,
+    Checked,
+    Remade,
+    is_key,
+    key,
+    type_hints,
+)
+from hf_ihb.config.training import refuse_several_gpus, refuse_unhonoured
 from hf_ihb.methods import METHODS, Method, SharedKeys, methods_of
 
 
 @dataclass
-class SupervisedTrainingArguments(Checked, TrainingArguments):
+class SupervisedTrainingArguments(Remade, TrainingArguments):
     """`TrainingArguments` with the defaults that image batches made on the device need.
 
     Changed defaults: `remove_unused_columns=False` (augmentation needs the sample index), `dataloader_drop_last=True`
@@ -97,36 +105,19 @@ class SupervisedTrainingArguments(Checked, TrainingArguments):
         Checked.__post_init__(self)
         own_config = self.accelerator_config is None
         TrainingArguments.__post_init__(self)
-        if self.ema_decay > 0 and self.swa_start is not None:
-            raise ValueError("keys 'ema_decay' and 'swa_start' contradict: one average is evaluated and saved")
-        if self.swa_learning_rate is not None and self.swa_start is None:
-            raise ValueError("key 'swa_learning_rate': expected 'swa_start' with it, found none")
-        if self.early_stopping_patience is not None and (
-            self.eval_strategy == "no" or self.metric_for_best_model is None
-        ):
-            raise ValueError(
-                "key 'early_stopping_patience': expected 'eval_strategy' and 'metric_for_best_model' with it, found "
-                f"{self.eval_strategy} and {self.metric_for_best_model}"
-            )
-        if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            raise ValueError(
-                "key 'hub_strategy': expected 'end' or 'every_save', found "
-                f"'{HubStrategy(self.hub_strategy).value}': the optimizer's state in a checkpoint is never pushed"
-            )
-        # ranks are given different seeds for drop path; the order of the data must not follow them
-        if self.data_seed is None:
-            self.data_seed = self.seed
-        if self.n_gpu > 1:
-            raise ValueError(
-                f"expected one process for each GPU, found one that sees {self.n_gpu}; start it as `accelerate launch "
-                f"--multi_gpu --num_processes {self.n_gpu} {sys.argv[0] or 'SCRIPT'} ...`, or on one GPU "
-                "with CUDA_VISIBLE_DEVICES=0"
-            )
+        refuse_several_gpus(self)
         self.set_float32_precision()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # pinning is for copies to an accelerator; without one torch only warns
         elif self.device.type == "cuda" and self.dataloader_pin_memory and own_config:
             self.accelerator_config.non_blocking = True  # what a batch is copied with, or every step begins with a wait
+        self._settle()
+
+    def _derive(self) -> None:
+        refuse_unhonoured(self)
+        # ranks are given different seeds for drop path; the order of the data must not follow them
+        if self.data_seed is None:
+            self.data_seed = self.seed
 
     def check_with(self, others: Iterable[Any]) -> None:
         """Refuses what contradicts other arguments of the run; labels alone contradict none."""
@@ -208,10 +199,10 @@ class DistillationTrainingArguments(MethodKeys, SupervisedTrainingArguments):
         "auto", "Precision of the teacher's weights; 'auto': bfloat16 where training runs in it, float32 elsewhere."
     )
 
-    def __post_init__(self) -> None:
+    def _derive(self) -> None:
+        super()._derive()
         if self.alpha is None:
             self.alpha = 0.5 if self.method == "logits" else 0.0
-        super().__post_init__()
         on = methods_of(self)  # each refuses what contradicts among its keys, those that are off as well
         if not on:
             weights = ", ".join(f"'{f.name}'" for f in fields(MethodKeys) if f.name.endswith("_weight"))
@@ -259,13 +250,23 @@ class DistillationTrainingArguments(MethodKeys, SupervisedTrainingArguments):
         """Refuses what contradicts other arguments of the run.
 
         Raises:
-            ValueError: If the teacher would score a clean image where the student sees two mixed ones.
+            ValueError: If the teacher would score a clean image where the student sees two mixed ones, or if no image
+                is left whose tokens have a counterpart at the teacher's.
         """
-        mixes = any(isinstance(other, AugmentationArguments) and other.mixes for other in others)
-        learns = any(method.needs.logits for method in methods_of(self))
-        if learns and mixes and self.teacher_logits_view == "clean":
+        mixing = next((o for o in others if isinstance(o, AugmentationArguments) and o.mixes), None)
+        if mixing is None:
+            return
+        on = methods_of(self)
+        if any(method.needs.logits for method in on) and self.teacher_logits_view == "clean":
             raise ValueError(
                 "keys 'teacher_logits_view' and 'mixup_alpha' or 'cutmix_alpha' contradict: a clean view is not mixed"
+            )
+        compared = [method.label for method in on if method.needs.layers or method.needs.final]
+        if compared and self.teacher_view != "identical" and mixing.mix_probability == 1:
+            raise ValueError(
+                f"keys 'mix_probability' and 'teacher_view' contradict: every image is mixed, which leaves none to the "
+                f"{', '.join(compared)} loss; expected mix_probability < 1 or teacher_view 'identical', found 1 and "
+                f"'{self.teacher_view}'"
             )
 
 

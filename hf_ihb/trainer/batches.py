@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -44,6 +44,12 @@ class Batches:
         self._partners_from: ImageSplit | None = None
         self.placed: dict[int, tuple[ImageSplit, ImageSplit]] = {}
         self._views_of = compiled(self._view, args)
+
+    def remade(self, args: TrainingArguments, augmentation: AugmentationArguments) -> Self:
+        """The same for other arguments; images stay where they were placed."""
+        new = type(self)(args, augmentation, self.pixels, self.num_labels)
+        new.placed = self.placed
+        return new
 
     def place(self, dataset: Any) -> Any:
         """Stored images on the accelerator, where they fit; any other data set as it is."""

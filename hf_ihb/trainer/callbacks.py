@@ -1,6 +1,7 @@
 """Callbacks of the trainers."""
 
-from typing import Any
+import time
+from typing import Any, Self
 
 from torch.utils.data import DataLoader
 from transformers import (
@@ -11,6 +12,10 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 class Hooks(TrainerCallback):
@@ -33,11 +38,40 @@ class Hooks(TrainerCallback):
         self.trainer._check_finite()
 
 
-def early_stopping(args: TrainingArguments) -> list[TrainerCallback]:
-    """The callback that `early_stopping_patience` asks for, if it does."""
-    if args.early_stopping_patience is None:
-        return []
-    return [EarlyStopping(args.early_stopping_patience, args.early_stopping_threshold)]
+class Clock(TrainerCallback, ExportableState):
+    """How long a run has trained, kept in its checkpoints: `Trainer` tells the time since it was last resumed.
+
+    What was trained after the last checkpoint, and lost, does not count: it is trained again.
+
+    Attributes:
+        earlier_seconds: Before the part that is running, up to the checkpoint it began from.
+    """
+
+    def __init__(self) -> None:
+        self.earlier_seconds = 0.0
+        self._begin = time.perf_counter()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes the time from the checkpoint."""
+        saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step > 0 else None
+        if state.global_step > 0 and saved is None:
+            logger.warning(
+                "the checkpoint does not say how long was trained before: train_seconds is of this part alone"
+            )
+        self.earlier_seconds = saved["attributes"]["earlier_seconds"] if saved else 0.0
+        self._begin = time.perf_counter()
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: what will be earlier to a run that goes on from it."""
+        seconds = self.earlier_seconds + time.perf_counter() - self._begin
+        return {"args": {}, "attributes": {"earlier_seconds": seconds}}
+
+
+def earlier_seconds(trainer: Trainer) -> float:
+    """Seconds that a run had trained before it was last resumed."""
+    return next(c.earlier_seconds for c in trainer.callback_handler.callbacks if isinstance(c, Clock))
 
 
 class EarlyStopping(EarlyStoppingCallback):
@@ -45,6 +79,12 @@ class EarlyStopping(EarlyStoppingCallback):
 
     All processes stop together because `SupervisedTrainer.evaluation_loop` gives them the same metrics.
     """
+
+    @classmethod
+    def of(cls, args: TrainingArguments) -> Self | None:
+        """The one that `early_stopping_patience` asks for, if it does."""
+        patience = args.early_stopping_patience
+        return None if patience is None else cls(patience, args.early_stopping_threshold)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -66,3 +106,13 @@ class EarlyStopping(EarlyStoppingCallback):
         """Counts an evaluation that has the metric: one of another data set, or of the test split, has not."""
         if f"eval_{args.metric_for_best_model.removeprefix('eval_')}" in metrics:
             super().on_evaluate(args, state, control, metrics, **kwargs)
+
+
+def renew(trainer: Trainer, *callbacks: TrainerCallback | None) -> None:
+    """Puts callbacks of ours in the place of those of their kind that a trainer has; None are those it goes without."""
+    ours = [c for c in trainer.callback_handler.callbacks if type(c).__module__.startswith(__package__)]
+    for callback in ours:
+        trainer.remove_callback(callback)
+    for callback in callbacks:
+        if callback is not None:
+            trainer.add_callback(callback)

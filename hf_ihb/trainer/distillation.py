@@ -17,6 +17,7 @@ from hf_ihb.models.teacher import Teacher
 from hf_ihb.step import Step, StudentOutput
 from hf_ihb.trainer.arguments import DistillationTrainingArguments
 from hf_ihb.trainer.collectives import stack_over_processes, sum_over_processes
+from hf_ihb.trainer.label_loss import label_loss
 from hf_ihb.trainer.method_losses import method_losses
 from hf_ihb.trainer.supervised import SupervisedTrainer
 from hf_ihb.trainer.teacher_cache import TeacherCache
@@ -160,8 +161,16 @@ class DistillationTrainer(SupervisedTrainer):
 
     # ---- Training ----
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """`SupervisedTrainer.train`, after the teacher was scored and `prepare_teacher`.
+    def _fit_to_arguments(self) -> None:
+        super()._fit_to_arguments()
+        if self.model_init is None and self.methods != methods_of(self.args):
+            raise RecipeError(
+                "arguments of the trainer: expected the methods it was made with, found others; make another trainer, "
+                "or give it a 'model_init' in the place of a model"
+            )
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer`'s, after the teacher was scored and `prepare_teacher`, with the model of this training in place.
 
         Raises:
             TeacherMismatchError: If class scores are learned from and the teacher's accuracy is at chance.
@@ -169,7 +178,7 @@ class DistillationTrainer(SupervisedTrainer):
         if self.teacher_scores is not None:
             self.teacher_accuracy = self.score_teacher()
         self.prepare_teacher()
-        return super().train(*args, **kwargs)
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _begin_training(self, train_dataloader: DataLoader | None = None) -> None:
         super()._begin_training(train_dataloader)
@@ -180,7 +189,7 @@ class DistillationTrainer(SupervisedTrainer):
     def prepare_teacher(self) -> None:
         """Opens or builds the teacher's cache and takes its statistics, as the arguments ask.
 
-        `train` calls it; calling it before is for those who time single steps.
+        `train` does so; calling it before is for those who time single steps.
 
         Raises:
             RecipeError: If a cache is asked for that cannot serve this training.
@@ -219,8 +228,10 @@ class DistillationTrainer(SupervisedTrainer):
 
     def training_losses(self, outputs: StudentOutput, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch, a scalar, and unweighted scalars to log."""
-        task = self.task_loss(self._taught_heads(outputs), outputs, step)
+        task = label_loss(self, self._taught_heads(outputs), outputs, step)
         losses, components = self._losses(outputs, step), {"task_loss": task}
+        if step.unmixed is not None and self.augmentation.mixes:
+            components["compared_images"] = step.unmixed.mean()  # the share that feature losses are of
         label_term, others = task, []
         for method in self.methods:
             value, beside = losses[method.name]
@@ -236,7 +247,7 @@ class DistillationTrainer(SupervisedTrainer):
             loss = loss + term
         return loss, components
 
-    def _taught_heads(self, outputs: StudentOutput) -> tuple[Tensor, ...]:
+    def _taught_heads(self, outputs: StudentOutput) -> tuple[Any, ...]:
         """Logits of the heads that the labels teach."""
         if outputs.cls_logits is None:
             return outputs.heads
@@ -244,6 +255,20 @@ class DistillationTrainer(SupervisedTrainer):
             both = (outputs.cls_logits, outputs.distillation_logits)
             return both if self.args.distilled_heads == "both" else both[:1]
         return (outputs.cls_logits,) if self.args.task_heads == "cls" else outputs.heads
+
+    def moved_heads(self, module: StudentModule) -> set[str]:
+        """Names of the student-side and class heads of a module that a loss moves in this step."""
+        weights = {method.name: method.weight(self.epoch, self.num_epochs) for method in self.methods}
+        shared = sum(weights[method.name] for method in self.methods if method.shares_task)
+        moved = {name for name, weight in weights.items() if weight > 0}
+        names = StudentOutput(None, "cls", "distillation", module.inference_heads)  # in the place of their logits
+        if module.class_heads and self.args.task_loss_weight * (1 - shared) > 0:
+            moved |= set(self._taught_heads(names)) if self.compute_loss_func is None else set(module.class_heads)
+        for method in self.methods:
+            weight = weights[method.name] * (self.args.task_loss_weight if method.shares_task else 1)
+            if method.needs.logits and weight > 0:
+                moved |= set(names.distilled(self.args.distilled_heads))
+        return moved
 
     def evaluation_outputs(self, outputs: StudentOutput, step: Step) -> dict[str, Tensor]:
         """Logits, and for each metric of ours its value for each image ``(B,)``, agreement with the teacher too."""

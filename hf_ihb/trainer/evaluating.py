@@ -10,8 +10,6 @@ from torch import Tensor
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_ihb.augment import class_targets
-from hf_ihb.functional.logits import task_loss
 from hf_ihb.step import Step, StudentOutput
 
 
@@ -25,13 +23,6 @@ def image_scores(outputs: StudentOutput, step: Step) -> dict[str, Tensor]:
     if outputs.cls_logits is not None:
         heads |= {"cls_accuracy": outputs.cls_logits, "distillation_accuracy": outputs.distillation_logits}
     return scores | {name: (logits.argmax(-1) == labels).float() for name, logits in heads.items()}
-
-
-def evaluation_loss(outputs: StudentOutput, step: Step) -> Tensor | None:
-    """Unsmoothed cross-entropy of the logits that inference returns, a scalar; None without labels."""
-    if step.labels is None:
-        return None
-    return task_loss([outputs.logits], class_targets(step.labels, outputs.logits.shape[1], 0, None))
 
 
 class EvaluationMetrics:
@@ -50,20 +41,36 @@ class EvaluationMetrics:
         """Forgets the batches of an evaluation."""
         self._values = {}
 
+    @property
+    def users(self) -> Callable | None:
+        """The user's."""
+        return self._compute
+
     def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
-        """Adds what was predicted; the metrics, where `compute_result` asks for them."""
-        scores = dict(prediction.predictions)
-        logits = scores.pop("logits")
-        for name, values in scores.items():
-            self._values.setdefault(name, []).append(np.asarray(torch.as_tensor(values).cpu(), np.float64))
+        """Adds what was predicted, or a list of it by batch; the metrics, where `compute_result` asks for them."""
+        found = prediction.predictions
+        for batch in found if isinstance(found, list) else [found]:
+            for name, values in batch.items():
+                if name != "logits":
+                    values = np.asarray(torch.as_tensor(values).cpu(), np.float64)
+                    self._values.setdefault(name, []).append(values)
         metrics: dict[str, Any] = {}
         if compute_result:
             metrics = {name: float(np.concatenate(values).mean()) for name, values in self._values.items()}
         if self._compute is not None:
-            user = EvalPrediction(logits, prediction.label_ids, inputs=prediction.inputs, losses=prediction.losses)
+            user = EvalPrediction(
+                logits_of(found), prediction.label_ids, inputs=prediction.inputs, losses=prediction.losses
+            )
             more = {"compute_result": compute_result} if self._by_batch else {}
             metrics.update(self._compute(user, **more) or {})
         return metrics
+
+
+def logits_of(predictions: Any) -> Any:
+    """The logits alone of what was predicted, by batch where `eval_do_concat_batches` leaves batches apart."""
+    if isinstance(predictions, list):
+        return [logits_of(batch) for batch in predictions]
+    return predictions["logits"] if isinstance(predictions, dict) else predictions
 
 
 def of_logits(hook: Callable | None) -> Callable | None:
@@ -85,6 +92,4 @@ def of_main_process(output: EvalLoopOutput) -> EvalLoopOutput:
     A user's metric may differ between processes; a run that is stopped or saved on one of them alone would hang.
     """
     output = output._replace(metrics=broadcast_object_list([output.metrics])[0])
-    if isinstance(output.predictions, dict):
-        output = output._replace(predictions=output.predictions["logits"])
-    return output
+    return output._replace(predictions=logits_of(output.predictions))

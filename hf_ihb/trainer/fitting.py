@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_ihb.errors import RecipeError
+from hf_ihb.models.module import StudentModule, freeze_unused
 from hf_ihb.models.processing import PixelFormat
 from hf_ihb.models.student import input_size
 
@@ -70,7 +71,27 @@ def lay_out(model: nn.Module) -> None:
         model.to(memory_format=torch.channels_last)
 
 
-def wrapped_init(model_init: Callable, wrap: Callable[[Any], nn.Module]) -> Callable[..., nn.Module]:
-    """A user's `model_init`, with or without a trial, whose model is wrapped."""
-    takes_trial = len(inspect.signature(model_init).parameters) > 0
-    return lambda trial=None: wrap(model_init(trial) if takes_trial else model_init())
+def wrapped(
+    trainer: Trainer, args: TrainingArguments, first_batch: Callable[[], dict[str, Any]], student: Any
+) -> StudentModule:
+    """The module that a trainer trains of a student, without what no output of it depends on."""
+    module = trainer._module(student, args, first_batch)
+    freeze_unused(module, empty_image(student, trainer.batches.pixels, first_batch))
+    return module
+
+
+class WrappedInit:
+    """A user's `model_init`, with or without a trial, whose model is wrapped.
+
+    Args:
+        model_init: The user's.
+        wrap: Makes of its model the module that is trained.
+    """
+
+    def __init__(self, model_init: Callable, wrap: Callable[[Any], nn.Module]) -> None:
+        self.takes_trial = len(inspect.signature(model_init).parameters) > 0
+        self._init, self._wrap = model_init, wrap
+
+    def __call__(self, trial: Any = None) -> nn.Module:
+        """The module of a trial."""
+        return self._wrap(self._init(trial) if self.takes_trial else self._init())

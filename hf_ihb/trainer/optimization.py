@@ -5,8 +5,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.utils import logging
 
+from hf_ihb.errors import RecipeError
+from hf_ihb.models.module import StudentModule
 from hf_ihb.models.student import TOKEN_PARAMETERS
+
+logger = logging.get_logger(__name__)
 
 
 def decayed_parameters(model: nn.Module, names: list[str], scope: str) -> list[str]:
@@ -32,3 +37,38 @@ def optimizer_settings(args: TrainingArguments, model: PreTrainedModel | None) -
         nesterov = given.pop("nesterov", "false").lower() == "true"
         kwargs |= {"nesterov": nesterov, **{name: float(value) for name, value in given.items()}}
     return optimizer, kwargs
+
+
+def take_heads(optimizer: torch.optim.Optimizer, module: StudentModule) -> None:
+    """Gives an optimizer of a user's the student-side heads that it does not know; students' parameters are theirs.
+
+    The heads join the largest group, whose settings and schedule they get.
+
+    Raises:
+        RecipeError: If it holds no parameter of the student: it is another model's, and nothing would be learned.
+    """
+    groups = optimizer.param_groups
+    known = {id(parameter) for group in groups for parameter in group["params"]}
+    if not any(id(parameter) in known for parameter in module.student.parameters()):
+        raise RecipeError(
+            "optimizers: expected an optimizer of the student's parameters, found one of none of them; make it of "
+            "`trainer.student.parameters()`"
+        )
+    heads = {n: p for n, p in module.named_parameters() if not n.startswith("student.") and p.requires_grad}
+    missing = {name: parameter for name, parameter in heads.items() if id(parameter) not in known}
+    if missing:
+        largest = max(groups, key=lambda group: sum(parameter.numel() for parameter in group["params"]))
+        largest["params"].extend(missing.values())
+        names = sorted({name.rsplit(".", 1)[0] for name in missing})
+        logger.warning(f"the optimizer that was passed in also trains, in its largest group: {', '.join(names)}")
+
+
+def check_schedule(optimizer: Any, scheduler: Any) -> None:
+    """Sees that a user's schedule is one of the user's optimizer.
+
+    Raises:
+        RecipeError: If not: no learning rate would ever change.
+    """
+    if scheduler is not None and getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        found = "without one" if optimizer is None else "of another"
+        raise RecipeError(f"optimizers: expected a schedule of the optimizer beside it, found one {found}")

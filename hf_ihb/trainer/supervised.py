@@ -11,23 +11,21 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_ihb.config.augmentation import AugmentationArguments
-from hf_ihb.functional.logits import task_loss
-from hf_ihb.models.module import StudentModule, freeze_unused
+from hf_ihb.models.module import StudentModule
 from hf_ihb.models.processing import pixel_format
 from hf_ihb.models.student import input_size
 from hf_ihb.step import Step, StudentOutput
 from hf_ihb.trainer.arguments import SupervisedTrainingArguments
-from hf_ihb.trainer.averaging import Averaging
 from hf_ihb.trainer.batches import Batches, first_batch, image_collator
-from hf_ihb.trainer.callbacks import Hooks, early_stopping
-from hf_ihb.trainer.checkpoints import Checkpoints
-from hf_ihb.trainer.evaluating import evaluation_loss, image_scores, of_main_process, take_metrics
-from hf_ihb.trainer.fitting import empty_image, fit_batch_norms, lay_out, take_losses, wrapped_init
+from hf_ihb.trainer.evaluating import image_scores, of_main_process, take_metrics
+from hf_ihb.trainer.fitting import WrappedInit, lay_out, take_losses, wrapped
 from hf_ihb.trainer.hub_calls import HubCalls
+from hf_ihb.trainer.label_loss import evaluation_loss, label_loss
 from hf_ihb.trainer.loaders import image_loader
 from hf_ihb.trainer.loss_log import LossLog
-from hf_ihb.trainer.optimization import decayed_parameters, optimizer_settings
+from hf_ihb.trainer.optimization import check_schedule, decayed_parameters, optimizer_settings, take_heads
 from hf_ihb.trainer.publishing import Publishing
+from hf_ihb.trainer.trials import Trials, fit_to_arguments
 
 
 class SupervisedTrainer(Trainer):
@@ -75,15 +73,9 @@ class SupervisedTrainer(Trainer):
         self._publishing = Publishing(self)
         self._hub_calls = HubCalls(self, self._publishing)
         images = train_dataset if train_dataset is not None else eval_dataset
-
-        def wrap(student: Any) -> StudentModule:
-            batch = functools.partial(first_batch, images, data_collator)
-            module = self._module(student, args, batch)
-            freeze_unused(module, empty_image(student, self.batches.pixels, batch))
-            return module
-
+        wrap = functools.partial(wrapped, self, args, functools.partial(first_batch, images, data_collator))
         if kwargs.get("model_init") is not None:
-            kwargs["model_init"] = wrapped_init(kwargs["model_init"], wrap)
+            kwargs["model_init"] = WrappedInit(kwargs["model_init"], wrap)
         super().__init__(
             model=None if model is None else wrap(model),
             args=args,
@@ -93,17 +85,17 @@ class SupervisedTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        args.set_float32_precision()
         args.check_with([self.augmentation])
-        self._autocasts = fit_batch_norms(self)
+        check_schedule(self.optimizer, self.lr_scheduler)
         take_losses(self)
         take_metrics(self)
         self._steps_per_epoch: int | None = None
         self.loss_log = LossLog()
-        self._averaging = Averaging(self)
-        self.checkpoints = Checkpoints(self, self._averaging)
-        for callback in (self._averaging, *early_stopping(args), Hooks(self), self.checkpoints.preemption):
-            self.add_callback(callback)
+        self._trials = Trials(self)
+        self._fit_to_arguments()
+
+    def _fit_to_arguments(self) -> None:
+        fit_to_arguments(self)
 
     @property
     def student(self) -> PreTrainedModel:
@@ -128,7 +120,7 @@ class SupervisedTrainer(Trainer):
 
     # ---- Training ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs: Any) -> Any:
         """Trains; ``resume_from_checkpoint=True`` goes on from the newest complete checkpoint.
 
         Raises:
@@ -136,8 +128,14 @@ class SupervisedTrainer(Trainer):
             NumericsError: If a loss or gradient is not finite; on a CPU the optimizer has not stepped on it.
             Preempted: If it was told to end (SIGTERM); it has saved its last step.
         """
+        self._trials.begin(trial)
         with self.checkpoints.training(resume_from_checkpoint) as checkpoint:
-            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            return super().train(resume_from_checkpoint=checkpoint, trial=trial, **kwargs)
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`'s; keys of augmentation can be tuned as well, and every value is checked."""
+        self._trials.start()
+        return super().hyperparameter_search(*args, **kwargs)
 
     def _begin_training(self, train_dataloader: DataLoader | None = None) -> None:
         self.loss_log.reset()
@@ -150,12 +148,12 @@ class SupervisedTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Training: the weighted losses. Evaluation: unsmoothed cross-entropy of the logits that inference returns."""
+        """Training: the weighted losses. Evaluation: the user's, or unsmoothed cross-entropy of the final logits."""
         step = self.prepare(inputs, train=model.training)
         with self.accelerator.autocast() if self._autocasts else contextlib.nullcontext():
             outputs: StudentOutput = model(pixel_values=step.pixel_values, **self.model_inputs(step))
         if not model.training:
-            loss = evaluation_loss(outputs, step)
+            loss = evaluation_loss(self, outputs, step)
             return (loss, self.evaluation_outputs(outputs, step)) if return_outputs else loss
         loss, components = self.training_losses(outputs, step)
         if outputs.cls_logits is not None:  # a head that no loss uses gets a gradient as well: DDP counts on it
@@ -164,7 +162,7 @@ class SupervisedTrainer(Trainer):
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
     def prepare(self, inputs: dict[str, Any], train: bool) -> Step:
-        """Everything a step needs beside the student, of a batch on the device; to learn from it if `train`."""
+        """Everything a step needs beside the student, of a batch on the device; to `train` it is augmented."""
         return self.batches.step(inputs, train, self.epoch, self.train_dataset)
 
     def model_inputs(self, step: Step) -> dict[str, Any]:
@@ -173,14 +171,8 @@ class SupervisedTrainer(Trainer):
 
     def training_losses(self, outputs: StudentOutput, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch, a scalar, and unweighted scalars to log."""
-        task = self.task_loss(outputs.heads, outputs, step)
+        task = label_loss(self, outputs.heads, outputs, step)
         return task, {"task_loss": task}
-
-    def task_loss(self, heads: Sequence[Tensor], outputs: StudentOutput, step: Step) -> Tensor:
-        """What the labels say to heads with logits ``(B, K)``, by `compute_loss_func` where there is one."""
-        if self.compute_loss_func is not None:
-            return self.compute_loss_func(outputs, step.labels, num_items_in_batch=None)
-        return task_loss(heads, step.targets)
 
     @property
     def is_quiet(self) -> bool:
@@ -222,6 +214,12 @@ class SupervisedTrainer(Trainer):
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
         """Class and settings of the optimizer; ``optim_args`` reach SGD too (``momentum=0.9,nesterov=true``)."""
         return optimizer_settings(args, model)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer; one that was passed in gets the student-side heads, of which its maker could not know."""
+        if self.optimizer is not None:
+            take_heads(self.optimizer, self.accelerator.unwrap_model(self.model))
+        return super().create_optimizer(*([] if model is None else [model]))
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """The schedule; with `swa_learning_rate` it approaches that from `swa_start` on."""

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 
 from hf_ihb.data import host_index
-from hf_ihb.errors import TeacherMismatchError
+from hf_ihb.errors import NumericsError, TeacherMismatchError
 from hf_ihb.trainer.teacher_side import spread
 
 _SCORED_TRAINING_IMAGES = 1000
@@ -54,6 +54,7 @@ class TeacherScores:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self._decisions: dict[str, _Decisions] = {}
+        self._overflows: Tensor | int = 0  # images, added up on the device
 
     def decisions(self, inputs: Mapping[str, Any]) -> Tensor:
         """``(B,)`` the teacher's classes for a batch that is evaluated on."""
@@ -67,12 +68,15 @@ class TeacherScores:
         return known(index)
 
     def _ask(self, inputs: Mapping[str, Any]) -> Tensor:
-        return self.trainer.teacher_side.logits(inputs).argmax(-1)
+        logits = self.trainer.teacher_side.logits(inputs)
+        self._overflows = self._overflows + (~logits.isfinite()).any(-1).sum()
+        return logits.argmax(-1)
 
     def accuracy(self) -> float:
         """Accuracy on the evaluation set, or on training images if there is none.
 
         Raises:
+            NumericsError: If a class score is not a finite number.
             TeacherMismatchError: If it is not above chance by three standard errors and not the untrained control.
         """
         trainer = self.trainer
@@ -87,6 +91,12 @@ class TeacherScores:
             labels = inputs["labels"].argmax(-1) if inputs["labels"].ndim == 2 else inputs["labels"]
             hits = trainer.accelerator.gather_for_metrics(self.decisions(inputs) == labels)
             correct, count = correct + hits.sum(), count + len(hits)
+        if overflows := int(trainer.accelerator.reduce(torch.as_tensor(self._overflows), "sum")):
+            raise NumericsError(
+                f"teacher '{trainer.teacher.name}': expected finite class scores, found NaN or Inf for {overflows} of "
+                f"{count} images in {trainer.teacher_side.precision}: its weights are damaged, or too large for that "
+                "precision (see 'teacher_dtype', and --mixed_precision of the launcher)"
+            )
         accuracy, chance = int(correct) / count, 1 / trainer.student.config.num_labels
         control = trainer.teacher.control
         if control != "untrained" and accuracy <= chance + 3 * (chance * (1 - chance) / count) ** 0.5:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 
 from hf_ihb.data import StoredSplit, host_index, placement
-from hf_ihb.errors import DataError, RecipeError
+from hf_ihb.errors import DataError, NumericsError, RecipeError
 from hf_ihb.functional.gram import TokenGram
 from hf_ihb.functional.resampling import Resampler
 from hf_ihb.functional.tokens import pool_tokens, standardize_tokens
@@ -207,6 +207,11 @@ class TeacherSide:
             tokens = [m.patch_tokens.cpu().double() for m in maps]
             sums = [[a + t.sum(0), b + t.square().sum(0)] for (a, b), t in zip(sums, tokens, strict=True)]
             count += len(tokens[0])
+        if not all(first.isfinite().all() and second.isfinite().all() for first, second in sums):
+            raise NumericsError(
+                f"teacher '{trainer.teacher.name}': expected finite features, found NaN or Inf in {self.precision}: "
+                "its weights are damaged, or too large for that precision"
+            )
         statistics = {}
         for layer, ((first, second), feature_map, grid) in enumerate(zip(sums, maps, self.layers.grids, strict=True)):
             mean = first / count
@@ -238,7 +243,7 @@ class TeacherSide:
                 cache.open(
                     lambda batches: self._rows(cache, batches),
                     args.per_device_eval_batch_size,
-                    tolerance=_TOLERANCES[self._precision],
+                    tolerance=_TOLERANCES[self.precision],
                     show=not trainer.is_quiet,
                 )
                 cache.place(args.device, placement(cache.num_bytes, args.device))
@@ -311,7 +316,7 @@ class TeacherSide:
         trainer, args = self.trainer, self.trainer.args
         rows = {
             "teacher": describe_teacher(trainer.teacher),
-            "precision": f"{self._precision} on {args.device.type}",
+            "precision": f"{self.precision} on {args.device.type}",
             "images": trainer.train_dataset.fingerprint(),
             "versions": library_versions("torch", "transformers", "timm"),
         }
@@ -343,7 +348,7 @@ class TeacherSide:
         return math.ceil(args.num_train_epochs * len(self.trainer.train_dataset))
 
     @property
-    def _precision(self) -> torch.dtype:
+    def precision(self) -> torch.dtype:
         """In which the teacher calculates."""
         precision = self.trainer.accelerator.mixed_precision
         mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)

@@ -311,13 +311,36 @@ def test_the_clean_view_is_misaligned_where_the_shared_one_is_not(make_trainer, 
 
 @pytest.mark.parametrize("view", ["shared", "identical"])
 def test_mixed_images_leave_the_structural_losses_unless_the_teacher_sees_them_mixed(view, make_trainer):
-    trainer = make_trainer(
-        augmentation=AugmentationArguments(mixup_alpha=1.0), teacher_view=view, max_steps=1, relation_weight=1.0
-    )
+    mixing = AugmentationArguments(mixup_alpha=1.0, mix_probability=0.9999)
+    trainer = make_trainer(augmentation=mixing, teacher_view=view, max_steps=1, relation_weight=1.0)
     trainer.train()
     for name in ("cka_loss", "gram_loss", "token_loss", "relation_loss"):
         (value,) = entries(trainer, name)
         assert value == 0 if view == "shared" else value > 0
+    assert entries(trainer, "compared_images") == ([0.0] if view == "shared" else [])
+
+
+def test_the_share_of_images_that_structural_losses_compare_is_logged(make_trainer):
+    trainer = make_trainer(augmentation=AugmentationArguments(cutmix_alpha=1.0, mix_probability=0.4), max_steps=2)
+    seen, prepare = [], trainer.prepare
+
+    def counted(inputs, train):
+        step = prepare(inputs, train)
+        if train:
+            seen.append((step.views.own_share == 1).double().mean().item())
+        return step
+
+    trainer.prepare = counted
+    trainer.train()
+    assert entries(trainer, "compared_images") == pytest.approx(seen)
+    assert all(0 < share < 1 for share in seen)
+
+
+@pytest.mark.parametrize("view", ["shared", "clean"])
+def test_mixing_that_leaves_no_image_to_the_structural_losses_is_refused(view, make_trainer):
+    line = "'mix_probability' and 'teacher_view' contradict: .* the CKA, Gram, token loss; expected mix_probability < 1"
+    with pytest.raises(ValueError, match=line):
+        make_trainer(augmentation=AugmentationArguments(cutmix_alpha=1.0), teacher_view=view)
 
 
 def test_warm_ups_raise_each_weight_linearly(make_trainer):
