@@ -13,7 +13,8 @@ class IdleHeads(TrainerCallback):
     Such a gradient is 0, because every parameter gets one: DDP waits for it. An optimizer that is given a gradient of 0
     decays the weights, and Adam counts the step and lets its averages fade, so that the first steps of a loss after a
     warm-up are several times the learning rate. Without a gradient the head stays as it is, as where its loss was never
-    computed. Where DeepSpeed or FSDP's first version keep gradients of their own, nothing is changed.
+    computed. Under FSDP and DeepSpeed nothing is changed: they read a checkpoint back only if it has the optimizer's
+    state of every parameter.
 
     Args:
         trainer: Its `moved_heads` says which are not idle at the weights of the step; without it, labels say so.
@@ -27,7 +28,8 @@ class IdleHeads(TrainerCallback):
     def on_train_begin(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Looks the module up once (unwrapping it in every step takes long), and asks to be called before each step."""
         self._module = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        self._heads = {**self._module.heads, **self._module.class_heads}
+        sharded = self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled
+        self._heads = {} if sharded else {**self._module.heads, **self._module.class_heads}
         inner = getattr(optimizer, "optimizer", optimizer)
         if self._heads and hasattr(inner, "register_step_pre_hook"):
             self._handle = inner.register_step_pre_hook(self._rest)

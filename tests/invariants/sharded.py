@@ -6,6 +6,7 @@ accelerate shards on accelerators alone; it is told here that there are some.
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -42,31 +43,52 @@ IN_BF16 = ["deit", "stem", "adaptive_cnn", "convnextv2"]
 LOSSES = {"cka_weight": 1.0, "gram_weight": 1.0, "token_weight": 1.0, "relation_weight": 1.0}
 
 
-def train(folder: Path, name: str, precision: str) -> dict[str, list]:
-    """Two steps of 16 images in all; saves the student, and returns its losses and the classes of what was sharded."""
-    args = StructuralDistillationTrainingArguments(
-        output_dir=str(folder / f"{name}-{precision}"), max_steps=2, optim="sgd", learning_rate=0.1,
-        per_device_train_batch_size=16 // PartialState(cpu=True).num_processes, **LOSSES, student_layers=[0, 1],
-        teacher_layers=[0, 1], teacher_projector="trainable", bf16=precision == "bf16", teacher_cache="off",
-        teacher_statistics_samples=32, report_to="none", disable_tqdm=True, use_cpu=True, logging_steps=1,
-        save_strategy="no",
-    )  # fmt: skip
+def make_trainer(folder: Path, name: str, seed: int = 0, **keys: Any) -> StructuralDistillationTrainer:
+    """A trainer of 16 images a step in all."""
+    args = StructuralDistillationTrainingArguments(**{
+        "output_dir": str(folder), "max_steps": 2, "optim": "sgd", "learning_rate": 0.1, "student_layers": [0, 1],
+        "per_device_train_batch_size": 16 // PartialState(cpu=True).num_processes, "teacher_layers": [0, 1],
+        "teacher_cache": "off", "teacher_statistics_samples": 32, "report_to": "none", "disable_tqdm": True,
+        "use_cpu": True, "logging_steps": 1, "save_strategy": "no", **keys,
+    })  # fmt: skip
     set_seed(0)
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     processor = student_processor(MEAN, STD, SIZE)
     teacher = Teacher(Dinov2Model(Dinov2Config(image_size=8, patch_size=2, **shape)), pixel_format(processor))
+    torch.manual_seed(torch.initial_seed() + seed)
     student, _ = build_student(ModelArguments(**STUDENTS[name][0]), ["even", "odd"], SIZE, MEAN, STD)
-    trainer = StructuralDistillationTrainer(
+    return StructuralDistillationTrainer(
         student, args, train_dataset=make_split(0), eval_dataset=make_split(1), processing_class=processor,
         teacher_model=teacher,
     )  # fmt: skip
+
+
+def losses_of(trainer: StructuralDistillationTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def train(folder: Path, name: str, precision: str) -> dict[str, list]:
+    """Two steps; saves the student, and returns its losses and the classes of what was sharded."""
+    keys = {**LOSSES, "teacher_projector": "trainable", "bf16": precision == "bf16"}
+    trainer = make_trainer(folder / f"{name}-{precision}", name, **keys)
     trainer.train()
     trainer.save_model()
     trainer.evaluate()
     modules = trainer.model_wrapped.modules()
     sharded = {type(m).__name__.removeprefix("FSDP") for m in modules if isinstance(m, FSDPModule)}
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"sharded": sorted(sharded - {"StudentModule"}), "losses": losses}
+    return {"sharded": sorted(sharded - {"StudentModule"}), "losses": losses_of(trainer)}
+
+
+def resume(folder: Path) -> list[list[float]]:
+    """Losses of six steps, and of the same from a checkpoint that was written while a head had no loss yet."""
+    keys = {
+        "max_steps": 6, "optim": "adamw_torch", "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2,
+        "token_weight": 1.0, "token_warmup_epochs": 1.0, "distillation_warmup_type": "step",
+    }  # fmt: skip
+    whole, again = (make_trainer(folder / "resumed", "deit", seed, **keys) for seed in (0, 1))
+    whole.train()
+    again.train(resume_from_checkpoint=str(folder / "resumed" / "checkpoint-2"))
+    return [losses_of(whole), losses_of(again)]
 
 
 def shard_on_cpus(config: Path) -> None:
@@ -88,6 +110,7 @@ def main(argv: list[str]) -> None:
     shard_on_cpus(ROOT / "recipes/accelerate/fsdp2.yaml")
     found = {f"{name}-float32": train(folder, name, "float32") for name in STUDENTS}
     found |= {f"{name}-bf16": train(folder, name, "bf16") for name in IN_BF16}
+    found["resumed"] = resume(folder)
     if torch.distributed.get_rank() == 0:
         (folder / "found.json").write_text(json.dumps(found))
 

@@ -47,3 +47,9 @@ def test_in_bf16_a_sharded_student_has_nearly_the_losses_of_float32(name, two):
     half, whole = (two[1][f"{name}-{precision}"]["losses"] for precision in ("bf16", "float32"))
     assert half == pytest.approx(whole, rel=0.02)
     assert half != whole
+
+
+def test_a_sharded_run_resumes_within_a_step_warm_up_like_one_that_never_stopped(two):
+    whole, again = two[1]["resumed"]
+    assert len(whole) == 6
+    assert again == whole
