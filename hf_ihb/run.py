@@ -87,6 +87,9 @@ def open_run(args: TrainingArguments, run_args: RunArguments, recipe: Path) -> N
     chosen_analyses(run_args)
     if args.prediction_loss_only:
         raise RecipeError("key 'prediction_loss_only': expected false in a run, whose accuracy is measured, found true")
+    if args.fp16_full_eval or args.bf16_full_eval:
+        key = "fp16_full_eval" if args.fp16_full_eval else "bf16_full_eval"
+        raise RecipeError(f"key '{key}': expected false in a run, which measures the weights that it saves, found true")
     goes_on = bool(resume_argument(args))
     RunFolder(args.output_dir).check_writable(goes_on=goes_on, replaces=run_args.overwrite_output_dir)
     if args.process_index == 0 and (note := batch_note(args, read_recipe(recipe), str(recipe))) is not None:

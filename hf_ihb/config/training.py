@@ -1,16 +1,28 @@
 """Keys of `TrainingArguments` that would be read and not honoured, or fail after the data was loaded."""
 
 import copy
+import inspect
 import sys
 import warnings
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import HubStrategy
 
 from hf_ihb.config.fields import shown
+
+# what each may be, since its other values speak of texts; not every version of transformers has all of them
+_OF_TEXTS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "label_names": ((None, [], ["labels"]), "['labels'], the one key of a batch that is learned from"),
+    "neftune_noise_alpha": ((None,), "none: it is noise on embeddings of words, and images have none"),
+    "train_sampling_strategy": (("random", "sequential"), "'random' or 'sequential': images are all of one length"),
+    "use_liger_kernel": ((False,), "false: its kernels are those of language models"),
+    "include_num_input_tokens_seen": (("no", False), "'no': it would count pixels"),
+}
 
 
 def refuse_unhonoured(args: TrainingArguments) -> None:
@@ -19,14 +31,10 @@ def refuse_unhonoured(args: TrainingArguments) -> None:
     Raises:
         ValueError: Naming the first.
     """
-    if args.label_names not in (None, [], ["labels"]):
-        _refuse(args, "label_names", "['labels'], the one key of a batch that is learned from")
-    if args.neftune_noise_alpha is not None:
-        _refuse(args, "neftune_noise_alpha", "none: it is noise on embeddings of words, and images have none")
-    if getattr(args, "train_sampling_strategy", "random") == "group_by_length":
-        _refuse(args, "train_sampling_strategy", "'random' or 'sequential': images are all of one length")
-    if args.dataloader_persistent_workers and args.dataloader_num_workers == 0:
-        _refuse(args, "dataloader_persistent_workers", "'dataloader_num_workers' > 0 with it, or false")
+    for key, (values, expected) in _OF_TEXTS.items():
+        if getattr(args, key, values[0]) not in values:
+            _refuse(args, key, expected)
+    _check_loading(args)
     reports = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
     installed = get_available_reporting_integrations()
     if missing := [name for name in reports if name not in ("all", "none", *installed)]:
@@ -68,28 +76,46 @@ def _refuse(args: TrainingArguments, name: str, expected: str) -> None:
     raise ValueError(f"key '{name}': expected {expected}, found {shown(getattr(args, name))}")
 
 
+def _check_loading(args: TrainingArguments) -> None:
+    """That a loader can be made: some of its keys ask for workers."""
+    keys = ("persistent_workers", "multiprocessing_context", "prefetch_factor")
+    settings = {key: getattr(args, f"dataloader_{key}") for key in keys}
+    try:
+        DataLoader([0], num_workers=args.dataloader_num_workers, **settings)
+    except ValueError as error:
+        given = ", ".join(f"'dataloader_{key}'" for key, value in settings.items() if value)
+        raise ValueError(
+            f"key 'dataloader_num_workers': expected a number that suits {given}, found {args.dataloader_num_workers}: "
+            f"{_first_line(error)}"
+        ) from error
+
+
 def _check_optimizer(args: TrainingArguments) -> None:
     """That the optimizer is installed, and takes settings where there are any."""
-    plain = copy.copy(args)
+    plain, model = copy.copy(args), nn.Linear(1, 1)
     plain.optim_args = None
     try:
-        optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(plain)
+        Trainer.get_optimizer_cls_and_kwargs(plain, model)
     except (ImportError, ValueError, RuntimeError) as error:
-        if "pass a" in str(error):  # model: it is there when the optimizer is made
-            return
+        if args.optim_target_modules is not None and not isinstance(error, ImportError):
+            return  # they are looked for in the student, when the optimizer is made
         raise ValueError(f"key 'optim': cannot make '{_name(args.optim)}': {_first_line(error)}") from error
     if not args.optim_args:
         return
     if any("=" not in pair for pair in args.optim_args.split(",")):
         _refuse(args, "optim_args", "name=value,name=value")
-    if optimizer is torch.optim.SGD:  # its settings are read by the trainer, whatever the version of transformers
-        return
+    names = [pair.split("=")[0].strip() for pair in args.optim_args.split(",")]
     try:
-        found = Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        is_known = optimizer.__module__.startswith("torch.")
+        if is_known:
+            optimizer([torch.zeros(1, requires_grad=True)], **settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"key 'optim_args': '{_name(args.optim)}' does not take {args.optim_args}: {error}") from error
-    if found == (optimizer, settings):
-        _refuse(args, "optim_args", f"none, since '{_name(args.optim)}' reads none of them")
+    # the settings of SGD are read by the trainer, whatever the version of transformers
+    read = inspect.signature(optimizer).parameters if optimizer is torch.optim.SGD else settings
+    if is_known and (unread := [name for name in names if name not in read]):
+        _refuse(args, "optim_args", f"settings that '{_name(args.optim)}' reads, and '{unread[0]}' is none of them")
 
 
 def _check_schedule(args: TrainingArguments) -> None:

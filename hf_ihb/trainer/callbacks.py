@@ -15,6 +15,8 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
+from hf_ihb.errors import RecipeError
+
 logger = logging.get_logger(__name__)
 
 
@@ -32,6 +34,27 @@ class Hooks(TrainerCallback):
         """After the backward pass."""
         if args.device.type == "cpu":
             self.trainer._check_finite()
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Sees that what is selected by was measured: what a user's `compute_metrics` returns is not known before.
+
+        Raises:
+            RecipeError: If it was not.
+        """
+        name = (args.metric_for_best_model or "").removeprefix("eval_")
+        if name and self.trainer.is_in_train and "eval_runtime" in metrics and f"eval_{name}" not in metrics:
+            found = ", ".join(sorted(key.removeprefix("eval_") for key in metrics if key.startswith("eval_")))
+            raise RecipeError(
+                f"key 'metric_for_best_model': expected a metric of the evaluation, found '{name}' where "
+                f"there are {found}"
+            )
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """After the last step."""

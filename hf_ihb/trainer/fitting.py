@@ -13,6 +13,8 @@ from hf_ihb.models.module import StudentModule, freeze_unused
 from hf_ihb.models.processing import PixelFormat
 from hf_ihb.models.student import input_size
 
+BATCH_KEYS = ("pixel_values", "teacher_pixel_values", "labels", "label", "label_ids", "index")  # of those a step reads
+
 
 def fit_batch_norms(trainer: Trainer) -> bool:
     """Whether a trainer's student runs under autocast, though FSDP2 casts its weights.
@@ -43,6 +45,8 @@ def take_losses(trainer: Trainer) -> None:
     trainer.label_smoother = None
     if trainer.args.label_names is None:
         trainer.label_names = ["labels"]
+    # what `remove_unused_columns` leaves of a data set: it would ask the module, which takes pixels alone
+    trainer._signature_columns = list(BATCH_KEYS)
 
 
 def empty_image(

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import Trainer
 from transformers.trainer_utils import seed_worker
 
-from hf_ihb.data import CheckedLabels, ImageSplit
+from hf_ihb.data import CheckedLabels, ImageSplit, StoredSplit
 from hf_ihb.errors import DataError
 
 
@@ -42,7 +42,9 @@ def image_loader(
         DataError: If there are fewer training images than one batch.
     """
     args, dataset = trainer.args, trainer.batches.place(dataset)
-    if isinstance(dataset, datasets.Dataset):
+    if isinstance(dataset, StoredSplit):  # it makes batches, of what a step reads
+        collate = trainer.data_collator
+    elif isinstance(dataset, datasets.Dataset):
         dataset, collate = trainer._remove_unused_columns(dataset, description), trainer.data_collator
     else:
         collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description)

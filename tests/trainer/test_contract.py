@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import get_scheduler
+from transformers import default_data_collator, get_scheduler
 
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.errors import NumericsError, RecipeError
@@ -154,13 +154,20 @@ def test_an_optimizer_of_another_model_or_a_schedule_of_another_optimizer_is_ref
             r"key 'report_to': expected 'none', or loggers that are installed .* found \['wandb'\]",
         ),
         ({"optim": "adamw_bnb_8bit"}, "key 'optim': cannot make 'adamw_bnb_8bit': .*bitsandbytes"),
-        ({"optim": "adamw_torch", "optim_args": "momentum=0.9"}, "key 'optim_args': .*reads none of them"),
+        ({"optim": "adamw_torch", "optim_args": "momentum=0.9"}, "key 'optim_args': .*'momentum' is none of them"),
         ({"optim": "sgd", "optim_args": "momentum"}, "key 'optim_args': expected name=value"),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"min_lr": 1e-5}}, "key 'lr_scheduler_kwargs'"),
         ({"label_names": ["target"]}, "key 'label_names'"),
         ({"neftune_noise_alpha": 5.0}, "key 'neftune_noise_alpha'"),
         ({"train_sampling_strategy": "group_by_length"}, "key 'train_sampling_strategy'"),
-        ({"dataloader_persistent_workers": True}, "key 'dataloader_persistent_workers'"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "key 'train_sampling_strategy'"),
+        ({"use_liger_kernel": True}, "key 'use_liger_kernel'"),
+        ({"include_num_input_tokens_seen": True}, "key 'include_num_input_tokens_seen'"),
+        ({"optim": "sgd", "optim_args": "momentun=0.9"}, "key 'optim_args': .*'momentun' is none of them"),
+        ({"optim": "sgd", "optim_args": "nesterov=true"}, "key 'optim_args': .*'sgd' does not take nesterov=true"),
+        ({"optim": "rmsprop", "optim_args": "momentum=0.9,decay=1"}, "key 'optim_args': .*'decay' is none of them"),
+        ({"dataloader_persistent_workers": True}, "suits 'dataloader_persistent_workers', found 0"),
+        ({"dataloader_multiprocessing_context": "spawn"}, "suits 'dataloader_multiprocessing_context', found 0"),
     ],
 )
 def test_settings_without_a_counterpart_are_refused_when_the_arguments_are_made(keys, line, make_args, monkeypatch):
@@ -181,6 +188,48 @@ def test_settings_without_a_counterpart_are_refused_when_the_arguments_are_made(
 def test_a_metric_that_will_not_be_measured_is_refused_before_training(keys, hooks, line, make_trainer):
     with pytest.raises(RecipeError, match=line):
         make_trainer(hooks=hooks, eval_strategy="steps", **keys)
+
+
+def test_a_metric_that_the_users_did_not_return_is_named_after_the_first_evaluation(make_trainer):
+    trainer = make_trainer(
+        hooks={"compute_metrics": lambda prediction: {"theirs": 1.0}}, eval_strategy="steps", eval_steps=1,
+        metric_for_best_model="eval_f1",
+    )  # fmt: skip
+    with pytest.raises(
+        RecipeError, match=r"key 'metric_for_best_model': .* found 'f1' where there are accuracy, .*theirs"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 1
+
+
+class Rows(torch.utils.data.Dataset):
+    """A user's images, as float pixels of student and teacher, and a column that nobody reads."""
+
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, index):
+        pixels = torch.full((3, 16, 16), index / 32)
+        return {"pixel_values": pixels, "teacher_pixel_values": -pixels, "label": index % 4, "name": str(index)}
+
+
+def test_columns_that_nobody_reads_are_removed_and_the_teachers_pixels_are_not(
+    make_student, make_teacher, make_args, make_trainer
+):
+    args = make_args(
+        DistillationTrainingArguments, method="logits", remove_unused_columns=True, max_steps=1, teacher_cache="off"
+    )
+    trainer = DistillationTrainer(
+        make_student(), args, default_data_collator, train_dataset=Rows(), teacher_model=make_teacher()
+    )
+    trainer.teacher_scores = None  # of noise, it would be at chance
+    shown = []
+    trainer.teacher.model.register_forward_pre_hook(lambda _, inputs, keys: shown.append(keys["pixel_values"]),
+                                                    with_kwargs=True)  # fmt: skip
+    trainer.train()
+    assert all((pixels <= 0).all() for pixels in shown)
+    assert len(shown) == 1
+    make_trainer(remove_unused_columns=True).train()  # stored images have no columns
 
 
 def test_metrics_of_the_users_and_of_several_sets_are_taken(make_trainer, eval_split):
