@@ -50,3 +50,11 @@ def test_recipes_and_scripts_that_the_readme_names_are_there():
     text = (ROOT / "README.md").read_text("utf-8")
     for path in re.findall(r"(?:recipes|scripts|benchmarks)/[\w/.-]+\.(?:json|py|md)", text):
         assert (ROOT / path).is_file(), path
+
+
+def test_every_fault_has_a_test_that_is_there_or_a_reason():
+    text = (ROOT / "tests" / "reliability.md").read_text("utf-8")
+    cases = [int(number) for number in re.findall(r"^\| (\d+) ", text, flags=re.MULTILINE)]
+    assert cases == list(range(1, 64))
+    for path, name in re.findall(r"`([\w/]+\.py)::(test_\w+)`", text):
+        assert f"def {name}(" in (ROOT / "tests" / path).read_text("utf-8"), f"{path}::{name}"
