@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Number
-from typing import Any
+from typing import Any, NamedTuple
 
 import evaluate
 import numpy as np
@@ -26,7 +26,20 @@ from hf_ihb.runs.environment import default_device, environment
 from hf_ihb.runs.tables import markdown_table
 
 TASK = "image-classification"
-Reader = Callable[[Tensor], dict[str, Tensor]]  # (B, C, H, W) uint8 images -> (B, K) logits of each head
+
+
+class Reader(NamedTuple):
+    """A model that is shown a split.
+
+    Attributes:
+        split: Its images as the model's image processor makes them, as far as they can be had so.
+        read: ``(B, C, H, W)`` uint8 images of it -> ``(B, K)`` logits of each head.
+    """
+
+    split: StoredSplit
+    read: Callable[[Tensor], dict[str, Tensor]]
+
+
 # How a pipeline is asked for the logits of every class; it cuts top_k down to the classes there are.
 _LOGITS = {"function_to_apply": "none", "top_k": sys.maxsize}
 
@@ -195,7 +208,8 @@ def evaluate_model(
 
     Args:
         model: Moved to `device` and set to eval mode, like the others; its classes are put in the data set's order.
-        split: The images, as they are stored.
+        split: The images. Each model is shown them through its own image processor, once and from what the data set
+            holds; those that came as pixels alone, from these.
         teacher: Made with the split's class names; compared with what the model answers.
         baseline: The matched control, trained without the teacher; gives the transfer measures.
         batch_size: Images in one forward; results do not depend on it.
@@ -223,7 +237,7 @@ def evaluate_model(
         readers["teacher"] = _teacher_reader(teacher, split, device)
     if baseline is not None:
         readers["baseline"] = _model_reader("baseline", baseline, split, device)
-    scores = _read(readers, split, batch_size, device) if readers else {}
+    scores = _read(readers, batch_size, device) if readers else {}
     scores |= {} if logits is None else {"model": dict(logits)}
     _check_finite(scores)
     answers = {role: next(iter(heads.values())) for role, heads in scores.items()}
@@ -258,20 +272,22 @@ def _model_reader(role: str, model: Pretrained, split: StoredSplit, device: torc
     network = model.model.to(device).eval()
     order = label_permutation(network.config, split.label_names, f"{role} '{model.name}'")
     order = slice(None) if order is None else order.to(device)
+    view = split.through(model.pixels.geometry)
 
     def read(images: Tensor) -> dict[str, Tensor]:
-        pixels = model.pixels.apply(images)
+        pixels = model.pixels.apply(images, view.geometry)
         outputs = network(pixel_values=pixels, **size_arguments(network, pixels))
         return {head: logits[:, order] for head, logits in heads_of(outputs, network.config).items()}
 
-    return read
+    return Reader(view, read)
 
 
 def _teacher_reader(teacher: Teacher, split: StoredSplit, device: torch.device) -> Reader:
     teacher.to(device)
     if (found := teacher.model.config.num_labels) != (expected := len(split.label_names)):
         raise TeacherMismatchError(f"teacher '{teacher.name}': expected {expected} classes, found {found}")
-    return lambda images: {"logits": teacher.logits(teacher.prepare(images))}
+    view = split if teacher.pixels is None else split.through(teacher.pixels.geometry)
+    return Reader(view, lambda images: {"logits": teacher.logits(teacher.prepare(images, shown=view.geometry))})
 
 
 def heads_of(outputs: Any, config: Any) -> dict[str, Tensor]:
@@ -284,19 +300,19 @@ def heads_of(outputs: Any, config: Any) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def _read(
-    readers: Mapping[str, Reader], split: StoredSplit, batch_size: int, device: torch.device
-) -> dict[str, dict[str, np.ndarray]]:
+def _read(readers: Mapping[str, Reader], batch_size: int, device: torch.device) -> dict[str, dict[str, np.ndarray]]:
     """Role -> head -> ``(N, K)`` float32 logits."""
     batches: dict[str, dict[str, list[Tensor]]] = {role: {} for role in readers}
-    with tqdm(total=len(split), desc="Evaluating", unit="img", mininterval=1.0) as progress:
-        for rows in torch.arange(len(split)).split(batch_size):
-            stored = split.__getitems__(rows)["pixel_values"]
-            images = stored.to(device)
-            for role, read in readers.items():
-                for head, logits in read(images).items():
+    count = len(next(iter(readers.values())).split)
+    with tqdm(total=count, desc="Evaluating", unit="img", mininterval=1.0) as progress:
+        for rows in torch.arange(count).split(batch_size):
+            images: dict[str, Tensor] = {}  # of each view, once
+            for role, (view, read) in readers.items():
+                if view.key not in images:
+                    images[view.key] = view.__getitems__(rows)["pixel_values"].to(device)
+                for head, logits in read(images[view.key]).items():
                     batches[role].setdefault(head, []).append(logits.float().cpu())
-            progress.update(len(stored))
+            progress.update(len(rows))
     found = {role: {head: torch.cat(parts) for head, parts in heads.items()} for role, heads in batches.items()}
     return {role: {head: logits.numpy() for head, logits in heads.items()} for role, heads in found.items()}
 

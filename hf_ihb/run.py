@@ -284,8 +284,9 @@ def _analyze(student: Pretrained, data: ImageData, analyses: Sequence[str], teac
 
 
 def _first_pixels(model: Pretrained, data: ImageData) -> torch.Tensor:
-    images = data.test.__getitems__([0])["pixel_values"]
-    return model.pixels.apply(images.to(model.model.device))
+    view = data.test.through(model.pixels.geometry)
+    images = view.__getitems__([0])["pixel_values"]
+    return model.pixels.apply(images.to(model.model.device), view.geometry)
 
 
 def _metrics(trainer: SupervisedTrainer, split: Any, name: str) -> dict[str, float]:

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     }
     teacher = _teacher(args)
     device = default_device(args.device)
-    split, revision = load_image_split(data_args, args.split)
+    split, revision = load_image_split(data_args, args.split, next(iter(subjects.values())).pixels.geometry)
     data = {"name": data_args.dataset_name, "revision": revision}
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def _teacher(args: AnalysisArguments) -> Pretrained | None:
     teacher = load_pretrained(args.teacher_model, args.teacher_revision, needs_logits=None, role="teacher")
     if args.teacher_image_size is None:
         return teacher
-    return teacher._replace(pixels=teacher.pixels._replace(size=(args.teacher_image_size,) * 2))
+    return teacher._replace(pixels=teacher.pixels.whole((args.teacher_image_size,) * 2))
 
 
 if __name__ == "__main__":

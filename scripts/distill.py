@@ -11,8 +11,9 @@ from hf_ihb.config.data import DataArguments
 from hf_ihb.config.model import ModelArguments, TeacherArguments
 from hf_ihb.config.recipe import parse_recipe, recipe_path
 from hf_ihb.config.run import RunArguments
-from hf_ihb.data import load_image_data
+from hf_ihb.data import open_image_data
 from hf_ihb.methods import methods_of
+from hf_ihb.models.processing import pixel_format
 from hf_ihb.models.student import build_student
 from hf_ihb.models.teacher import load_teacher
 from hf_ihb.run import open_run, run_script, run_training
@@ -30,11 +31,12 @@ def main(argv: list[str]) -> None:
     pin_revisions(parsed)
 
     set_seed(args.seed)
-    data = load_image_data(data_args)
-    statistics = data.train.statistics()
+    source = open_image_data(data_args)
+    train, statistics = source.train, source.train.statistics()
     needs_logits = any(method.needs.logits for method in methods_of(args))
-    teacher = load_teacher(teacher_args, data.label_names, needs_logits, seed=args.seed, dataset_statistics=statistics)
-    student, processor = build_student(model_args, data.label_names, data.image_size, *statistics)
+    teacher = load_teacher(teacher_args, train.label_names, needs_logits, seed=args.seed, dataset_statistics=statistics)
+    student, processor = build_student(model_args, train.label_names, train.image_size, *statistics)
+    data = source.decoded(pixel_format(processor).geometry)
     trainer = DistillationTrainer(
         student,
         args,

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     )
     folder = output_folder(args.output_dir, name)
     model = load_pretrained(name, args.model_revision)
-    split, revision = load_image_split(data_args, args.split)
+    split, revision = load_image_split(data_args, args.split, model.pixels.geometry)
     results = evaluate_model(
         model,
         split,

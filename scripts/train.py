@@ -11,7 +11,8 @@ from hf_ihb.config.data import DataArguments
 from hf_ihb.config.model import ModelArguments
 from hf_ihb.config.recipe import parse_recipe, recipe_path
 from hf_ihb.config.run import RunArguments
-from hf_ihb.data import load_image_data
+from hf_ihb.data import open_image_data
+from hf_ihb.models.processing import pixel_format
 from hf_ihb.models.student import build_student
 from hf_ihb.run import open_run, run_script, run_training
 from hf_ihb.trainer import SupervisedTrainer
@@ -28,8 +29,10 @@ def main(argv: list[str]) -> None:
     pin_revisions(parsed)
 
     set_seed(args.seed)
-    data = load_image_data(data_args)
-    model, processor = build_student(model_args, data.label_names, data.image_size, *data.train.statistics())
+    source = open_image_data(data_args)
+    train = source.train
+    model, processor = build_student(model_args, train.label_names, train.image_size, *train.statistics())
+    data = source.decoded(pixel_format(processor).geometry)
     trainer = SupervisedTrainer(
         model,
         args,

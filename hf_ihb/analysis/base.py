@@ -148,7 +148,7 @@ def batches(
 
     Args:
         subject: The model that the pixels are for.
-        split: Images.
+        split: Images, shown as the model's image processor makes them.
         rows: ``(N,)``: which of them, in this order.
         batch_size: Images in a batch; the last may be smaller.
         description: What the progress bar says.
@@ -156,12 +156,12 @@ def batches(
     Yields:
         Pixels ``(B, C, H, W)``, labels ``(B,)``.
     """
-    device = subject.model.device
+    device, split = subject.model.device, split.through(subject.pixels.geometry)
     with tqdm(total=len(rows), desc=description, unit="img", disable=not description) as bar:
         for some in rows.split(batch_size):
             batch = split.__getitems__(some)
             images = batch["pixel_values"].to(device)
-            yield subject.pixels.apply(images), batch["labels"].to(device)
+            yield subject.pixels.apply(images, split.geometry), batch["labels"].to(device)
             bar.update(len(some))
 
 

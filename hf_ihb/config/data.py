@@ -48,9 +48,13 @@ class DataArguments(Checked):
         None, "Evaluate on stratified parts of the validation and test splits.", within=AT_LEAST_ONE, unit="images"
     )
     image_size: int | None = key(
-        None, "Side of the decoded images; the size of the first image if not given.", within=AT_LEAST_ONE, unit="px"
+        None,
+        "Side of the decoded images; the size of the first image if not given. Images that are evaluated are as the "
+        "model's image processor makes them of the encoded ones.",
+        within=AT_LEAST_ONE,
+        unit="px",
     )
-    color_mode: Literal["rgb", "grayscale"] = key("rgb", "Decode images to three channels or to one.")
+    color_mode: Literal["rgb", "grayscale"] = key("rgb", "Decode images to three channels, or grey ones to one.")
     decode: Literal["auto", "once", "stream"] = key(
         "auto",
         "When images are decoded. 'once': before training, into memory, or into a file that is mapped into it and kept "

@@ -25,7 +25,7 @@ class MeasurementArguments(Checked):
     teacher_revision: str | None = key(None, "Branch, tag or commit of it on the Hub.")
     teacher_image_size: int | None = key(
         None,
-        "Side of the images it sees; its image processor's if not given.",
+        "Side to which whole images are brought for it; if not given, its image processor's own steps are followed.",
         within=AT_LEAST_ONE,
         unit="px",
     )

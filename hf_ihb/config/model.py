@@ -106,7 +106,9 @@ class TeacherArguments(Checked):
     teacher_revision: str | None = key(None, "Branch, tag or commit of the teacher on the Hub.")
     teacher_image_size: int | None = key(
         None,
-        "Side of the images the teacher sees; its image processor's if not given.",
+        "Side to which whole images are brought for the teacher. If not given, its image processor's size: by all of "
+        "its steps where class scores alone are learned from, of whole images without its crop where features are, as "
+        "these are compared place by place.",
         within=AT_LEAST_ONE,
         unit="px",
     )

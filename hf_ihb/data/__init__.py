@@ -1,7 +1,7 @@
 """Any `datasets` image-classification set -> splits of uint8 images."""
 
 from hf_ihb.data.labels import CheckedLabels
-from hf_ihb.data.loading import DIGITS, load_image_data, load_image_split
+from hf_ihb.data.loading import DIGITS, ImageSource, load_image_data, load_image_split, open_image_data
 from hf_ihb.data.placement import onto, placement, rows_onto
 from hf_ihb.data.splits import (
     ImageData,
@@ -18,6 +18,7 @@ __all__ = [
     "DIGITS",
     "CheckedLabels",
     "ImageData",
+    "ImageSource",
     "ImageSplit",
     "MappedSplit",
     "StoredSplit",
@@ -27,6 +28,7 @@ __all__ = [
     "load_image_data",
     "load_image_split",
     "onto",
+    "open_image_data",
     "placement",
     "rows_onto",
     "stratified_sample",

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import numpy as np
@@ -43,6 +43,16 @@ class RowError(DataError):
         super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
 
 
+class Geometry(Protocol):
+    """What a model's image processor does to the size of a picture."""
+
+    def of_picture(self, picture: Image.Image) -> Tensor:
+        """A picture in RGB -> ``(3, H, W)`` uint8."""
+
+    def description(self) -> dict[str, Any]:
+        """What determines it, as JSON."""
+
+
 @dataclass(frozen=True)
 class EncodedImages:
     """The images of a split as the data set stores them, decoded when they are asked for.
@@ -58,6 +68,7 @@ class EncodedImages:
         local: Whether images may be files of this machine.
         identity: What tells the table from every other.
         stored_mode: The mode that the data set says its images are to be read in first; their own if None.
+        geometry: What is done to the size of the decoded images; the whole image is brought to `size` if None.
     """
 
     table: datasets.Dataset
@@ -70,6 +81,7 @@ class EncodedImages:
     local: bool
     identity: tuple[str, ...]
     stored_mode: str | None = None
+    geometry: Geometry | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -88,9 +100,24 @@ class EncodedImages:
         """Those at some positions."""
         return replace(self, rows=self.rows[positions.numpy()])
 
+    def through(self, geometry: Geometry) -> "EncodedImages":
+        """The same images as a model sees them, from what is encoded and in one step.
+
+        Args:
+            geometry: Of the model's image processor; its size of the first image is that of all.
+
+        Raises:
+            DataError: If the first image cannot be used.
+        """
+        row = int(self.rows[0])
+        with _bombs_are_errors():
+            first = _open(self.table[row][self.column], f"{self.where}, row {row}", self.local, self.stored_mode, "RGB")
+        return replace(self, geometry=geometry, size=tuple(geometry.of_picture(first).shape[-2:]))
+
     def description(self) -> dict[str, Any]:
         """Everything that determines the decoded images, as JSON."""
-        return {
+        seen = {} if self.geometry is None else {"geometry": self.geometry.description()}
+        return seen | {
             "table": list(self.identity),
             "column": self.column,
             "rows": hashlib.sha256(np.ascontiguousarray(self.rows, dtype="<i8").tobytes()).hexdigest(),
@@ -117,7 +144,8 @@ class EncodedImages:
         """
         rows = self.rows[np.asarray(positions)].tolist()
         encoded = self.table[rows][self.column]
-        images = torch.empty((len(rows), *self.shape[1:]), dtype=torch.uint8)
+        with torch.inference_mode(False):  # threads have a mode of their own, and may not write to its tensors
+            images = torch.empty((len(rows), *self.shape[1:]), dtype=torch.uint8)
 
         def fill(start: int) -> None:
             for i in range(start, min(start + _AT_ONCE, len(rows))):
@@ -150,13 +178,24 @@ class EncodedImages:
 
     def _pixels(self, record: dict[str, Any], row: int) -> Tensor:
         where = f"{self.where}, row {row}"
-        image = _open(record, where, self.local, self.stored_mode, self.mode)
+        image = _open(record, where, self.local, self.stored_mode, "RGB")
+        if self.mode == "L":
+            _check_grey(image, where)
+        if self.geometry is not None:
+            pixels = self.geometry.of_picture(image)[: self.shape[1]]
+            if tuple(pixels.shape[-2:]) != self.size:
+                raise RowError(
+                    f"{where}: expected {self.size[0]} x {self.size[1]} px from the model's image processor, as of row "
+                    f"{self.rows[0]}, found {pixels.shape[-2]} x {pixels.shape[-1]}; give it one that brings images to "
+                    "one size"
+                )
+            return pixels
         if not self.resizes and (image.height, image.width) != self.size:
             raise RowError(
                 f"{where}: expected {self.size[0]} x {self.size[1]} px like row 0, found {image.height} x "
                 f"{image.width}; give 'image_size' to resize"
             )
-        return _to_tensor(image, self.size)
+        return _to_tensor(image.convert(self.mode), self.size)
 
 
 def progress_bar(where: str, total: int, show: bool) -> tqdm:
@@ -235,6 +274,16 @@ def _in_8_bits(image: Image.Image, stored_as: str | None, where: str) -> Image.I
 def may_read(record: dict[str, Any], local: bool) -> bool:
     """Whether an image may be looked at: a data set of the Hub brings it, or has it in the cache."""
     return record["bytes"] is not None or local or _in_cache(record["path"])
+
+
+def _check_grey(image: Image.Image, where: str) -> None:
+    """Refuses colours: `pipeline` shows every model three channels, and a processor does not make grey of them."""
+    pixels = np.asarray(image)
+    if not ((pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 1] == pixels[..., 2]).all()):
+        raise RowError(
+            f"{where}: key 'color_mode': expected a grey image for 'grayscale', found colours, which `pipeline` would "
+            "show the model; give 'rgb', or grey images"
+        )
 
 
 def _in_cache(path: str | None) -> bool:

@@ -5,6 +5,7 @@ import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from hf_ihb.access import is_local
 from hf_ihb.config.data import DataArguments
-from hf_ihb.data.decode import PIL_MODES, EncodedImages, default_workers, size_of_first
+from hf_ihb.data.decode import PIL_MODES, EncodedImages, Geometry, default_workers, size_of_first
 from hf_ihb.data.decoded_cache import DecodedCache, decoded_root
 from hf_ihb.data.hub import fetch, find_columns, undecoded
 from hf_ihb.data.labels import classes_of
@@ -51,31 +52,96 @@ class _Part:
     def select(self, rows: Tensor) -> "_Part":
         return replace(self, encoded=self.encoded.select(rows), labels=self.labels[rows])
 
+    def through(self, geometry: Geometry) -> "_Part":
+        return replace(self, encoded=self.encoded.through(geometry))
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """A data set whose rows are known and whose images are not decoded yet.
+
+    Attributes:
+        args: Which data set, and how it is decoded.
+        parts: Its splits.
+        revision: The Hub commit, None for local sets.
+    """
+
+    args: DataArguments
+    parts: Mapping[str, _Part]
+    revision: str | None
+
+    @property
+    def label_names(self) -> list[str]:
+        """Class names in label order."""
+        return self.parts["train"].names
+
+    @cached_property
+    def train(self) -> StoredSplit:
+        """The training images, whole ones of one size."""
+        return _built(self.args, self.parts["train"], self._way)
+
+    @cached_property
+    def _way(self) -> Way:
+        return _choose(self.args, self.parts)
+
+    def decoded(self, geometry: Geometry | None = None) -> ImageData:
+        """All splits.
+
+        Args:
+            geometry: Of the image processor of the model that is evaluated: validation and test images go through it
+                once, from what is encoded, as `pipeline` would show them to the saved model. Whole images like those of
+                the training split if None.
+
+        Raises:
+            DataError: If a row cannot be used.
+            CacheError: If decoded images cannot be stored.
+        """
+        parts = dict(self.parts)
+        for name in parts.keys() - {"train"} if geometry is not None else ():
+            parts[name] = parts[name].through(geometry)
+        train = self.train
+        grows = sum(p.encoded.num_bytes for p in parts.values()) > sum(p.encoded.num_bytes for p in self.parts.values())
+        way = _choose(self.args, parts) if grows else self._way
+        splits = {name: _built(self.args, part, way) for name, part in parts.items() if name != "train"}
+        validation = splits.get("validation", splits["test"])
+        return ImageData(train, validation, splits["test"], self.args.dataset_name, self.revision)
+
+
+def open_image_data(args: DataArguments) -> ImageSource:
+    """Finds, checks and splits a data set; decodes nothing but its first image.
+
+    Raises:
+        RecipeError: If a validation split is asked for and left out by `selection_split`.
+        DataError: If it cannot be found, a column or split is missing, or splits share images.
+    """
+    parts, revision = _all_parts(args)
+    note = refuse_shared_images({name: part.encoded for name, part in parts.items()})
+    if note is not None and _shows():
+        print(note, flush=True)
+    return ImageSource(args, parts, revision)
+
 
 def load_image_data(args: DataArguments) -> ImageData:
-    """Loads, checks and splits a data set; decodes it as `decode` says.
+    """Loads, checks and splits a data set; decodes it as `decode` says, to whole images of one size.
 
     Raises:
         RecipeError: If a validation split is asked for and left out by `selection_split`, or a split has two roles.
         DataError: If it cannot be found, a column or split is missing, splits share images, or a row cannot be used.
         CacheError: If decoded images cannot be stored.
     """
-    parts, revision = _all_parts(args)
-    note = refuse_shared_images({name: part.encoded for name, part in parts.items()})
-    if note is not None and _shows():
-        print(note, flush=True)
-    way = _choose(args, parts)
-    splits = {name: _built(args, part, way) for name, part in parts.items()}
-    validation = splits.get("validation", splits["test"])
-    return ImageData(splits["train"], validation, splits["test"], args.dataset_name, revision)
+    return open_image_data(args).decoded()
 
 
-def load_image_split(args: DataArguments, split: str) -> tuple[StoredSplit, str | None]:
-    """One split as `load_image_data` makes it, and the Hub commit; nothing else is decoded.
+def load_image_split(
+    args: DataArguments, split: str, geometry: Geometry | None = None
+) -> tuple[StoredSplit, str | None]:
+    """One split, and the Hub commit; nothing else is decoded.
 
     Args:
         args: Which data set, and how it is split.
         split: ``train``, ``validation`` or ``test``.
+        geometry: Of the image processor of the model that is shown it; whole images as `load_image_data` makes them if
+            None.
 
     Raises:
         RecipeError: If a validation split is asked for and left out by `selection_split`.
@@ -87,6 +153,7 @@ def load_image_split(args: DataArguments, split: str) -> tuple[StoredSplit, str 
     else:
         parts, revision = _all_parts(args)
         part = parts.get(split, parts["test"])
+    part = part if geometry is None else part.through(geometry)
     return _built(args, part, _choose(args, {split: part})), revision
 
 
@@ -266,7 +333,7 @@ def _built(args: DataArguments, part: _Part, way: Way) -> StoredSplit:
         return StreamedSplit(part.encoded, part.labels, part.names, workers)
     if way == "memory":
         images = part.encoded.decode_all(workers or default_workers(), show=_shows())
-        return ImageSplit(images, part.labels, part.names)
+        return ImageSplit(images, part.labels, part.names, part.encoded)
     root = decoded_root(args.decoded_cache_dir)
     folder = Path(args.dataset_name).expanduser()
     if folder.is_dir() and root.resolve().is_relative_to(folder.resolve()):

@@ -13,7 +13,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from transformers import default_data_collator
 
-from hf_ihb.data.decode import EncodedImages, default_workers
+from hf_ihb.data.decode import EncodedImages, Geometry, default_workers
 from hf_ihb.data.decoded_cache import DecodedCache
 from hf_ihb.data.labels import check_labels
 from hf_ihb.data.levels import count_levels, moments
@@ -38,6 +38,8 @@ class StoredSplit(torch.utils.data.Dataset, ABC):
     Raises:
         DataError: If a label is none of the classes.
     """
+
+    encoded: EncodedImages | None = None  # what the images were decoded from, where that is known
 
     def __init__(self, labels: Tensor, label_names: Sequence[str]) -> None:
         check_labels(labels, len(label_names))
@@ -77,6 +79,24 @@ class StoredSplit(torch.utils.data.Dataset, ABC):
         """Height and width of the stored images."""
         return tuple(self.shape[2:])
 
+    @property
+    def geometry(self) -> Geometry | None:
+        """What the images have gone through as a model's image processor does it; None for whole images as stored."""
+        return None if self.encoded is None else self.encoded.geometry
+
+    def through(self, geometry: Geometry | None) -> "StoredSplit":
+        """The same images as a model sees them, decoded anew when they are asked for.
+
+        Args:
+            geometry: Of the model's image processor.
+
+        Returns:
+            The split itself where its images are of that geometry, or cannot be had in another.
+        """
+        if geometry is None or self.encoded is None or geometry == self.geometry:
+            return self
+        return StreamedSplit(self.encoded.through(geometry), self.labels.cpu(), self.label_names)
+
     @abstractmethod
     def select(self, indices: Tensor | np.ndarray) -> "StoredSplit":
         """The rows at `indices`, renumbered from 0."""
@@ -103,11 +123,14 @@ class ImageSplit(StoredSplit):
         images: ``(N, C, H, W)`` uint8.
         labels: ``(N,)`` int64 in [0, len(label_names)).
         label_names: Name of each class, in label order.
+        encoded: What they were decoded from; None for images that came otherwise.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, label_names: Sequence[str]) -> None:
+    def __init__(
+        self, images: Tensor, labels: Tensor, label_names: Sequence[str], encoded: EncodedImages | None = None
+    ) -> None:
         super().__init__(labels, label_names)
-        self.images = images
+        self.images, self.encoded = images, encoded
         self._fingerprint: str | None = None
 
     @property
@@ -126,7 +149,8 @@ class ImageSplit(StoredSplit):
     def select(self, indices: Tensor | np.ndarray) -> "ImageSplit":
         """The rows at `indices`, renumbered from 0; copied into memory."""
         index = torch.as_tensor(indices)
-        return ImageSplit(self.images[index], self.labels[index], self.label_names)
+        encoded = None if self.encoded is None else self.encoded.select(index.cpu())
+        return ImageSplit(self.images[index], self.labels[index], self.label_names, encoded)
 
     def to(self, device: torch.device | str) -> "ImageSplit":
         """The split with images and labels on an accelerator, so that a batch is one gather there.
@@ -140,7 +164,7 @@ class ImageSplit(StoredSplit):
         device = torch.device(device)
         if device.type == self.images.device.type and device.index in (None, self.images.device.index):
             return self
-        moved = ImageSplit(self.images.to(device), self.labels.to(device), self.label_names)
+        moved = ImageSplit(self.images.to(device), self.labels.to(device), self.label_names, self.encoded)
         moved.key = self.key
         moved._fingerprint = self._fingerprint
         return moved
@@ -171,7 +195,7 @@ class MappedSplit(ImageSplit):
     """
 
     def __init__(self, cache: DecodedCache, labels: Tensor, label_names: Sequence[str]) -> None:
-        super().__init__(cache.map(), labels, label_names)
+        super().__init__(cache.map(), labels, label_names, cache.encoded)
         self.cache = cache
 
     def __reduce__(self) -> tuple[Any, ...]:

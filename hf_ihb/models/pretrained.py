@@ -97,9 +97,12 @@ def load_pretrained(
         else:
             model = _trained(auto, config, files.folder, f"{role} '{name}'")
         processor = AutoImageProcessor.from_pretrained(files.folder, trust_remote_code=False)
-        pixels = pixel_format(processor)
     except UNREADABLE as error:
         raise ModelLoadError(f"{role} '{name}' could not be loaded: {' '.join(str(error).split())[:300]}") from error
+    try:
+        pixels = pixel_format(processor)
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{role} '{name}': {error}") from error
     model.name_or_path = model.config.name_or_path = name  # not the folder of the cache
     return Pretrained(model.eval(), pixels, name, files.revision)
 

@@ -35,9 +35,9 @@ from hf_ihb.errors import ModelLoadError, RecipeError
 from hf_ihb.models.adaptive_cnn import AdaptiveCNNConfig, AdaptiveCNNForImageClassification
 from hf_ihb.models.classes import check_classes, set_classes
 from hf_ihb.models.deit import FlexibleDeiTConfig, FlexibleDeiTForImageClassification
-from hf_ihb.models.features import vision_config
 from hf_ihb.models.files import UNREADABLE, model_files
-from hf_ihb.models.processing import pixel_format, student_processor
+from hf_ihb.models.inputs import input_size, processor_beside, takes
+from hf_ihb.models.processing import pixel_format, student_processor, whole_image_processor
 
 _VITS = ("deit", "deit_cls", "vit")
 _CNNS = ("adaptive_cnn", "convnextv2")
@@ -69,7 +69,10 @@ def _is_head(parameter: str) -> bool:
 def build_student(
     args: ModelArguments, label_names: Sequence[str], image_size: tuple[int, int], mean: list[float], std: list[float]
 ) -> tuple[PreTrainedModel, Any]:
-    """The model to train and its image processor.
+    """The model to train and its image processor, which brings whole images to the size of the training.
+
+    Levels, and the filter, are those of the weights' own image processor where there are weights; what that cuts off is
+    not, as the student is trained on whole images.
 
     Grey images (one mean) are shown as three equal channels wherever the model is one that anyone can load, since
     `pipeline` makes every image RGB; an image processor therefore always has three means. Our own models
@@ -301,6 +304,7 @@ def _timm(
             "std": std,
             "interpolation": "bicubic",
             "crop_pct": 1.0,
+            "crop_mode": "squash",  # the whole image, whatever its shape
         },
         **labels,
     )
@@ -320,11 +324,19 @@ def _from_weights(args: ModelArguments, labels: dict, image_size: tuple[int, int
         raise ModelLoadError(f"model '{name}' could not be loaded: {' '.join(str(error).split())[:300]}") from error
     if absent:
         raise ModelLoadError(f"model '{name}': expected every weight but the head's, found none that fits {absent[0]}")
-    if args.architecture == "convnextv2":
-        mean, std, _ = pixel_format(processor)
-        processor = student_processor(list(mean), list(std), image_size)
+    try:
+        size = image_size if args.architecture == "convnextv2" else _size_to_train_at(model, processor, image_size)
+        processor = processor_beside(model, whole_image_processor(processor, size))
+    except ModelLoadError as error:
+        raise ModelLoadError(f"model '{name}': {error}") from error
     model.name_or_path = model.config.name_or_path = name  # not the folder of the cache
     return model, processor
+
+
+def _size_to_train_at(model: PreTrainedModel, processor: Any, image_size: tuple[int, int]) -> tuple[int, int]:
+    """What the weights' image processor makes, where the network takes it; the images' own where that is any size."""
+    size = pixel_format(processor).size or image_size
+    return size if takes(model, size) else input_size(model)
 
 
 def absent_weights(info: dict[str, Any]) -> list[str]:
@@ -382,9 +394,3 @@ def _small_convnextv2(
     for part in parts:
         getattr(model.convnextv2, part).load_state_dict(getattr(trained, part).state_dict())
     return model, [key for key in absent_weights(info) if key.startswith(tuple(parts))]
-
-
-def input_size(model: PreTrainedModel) -> tuple[int, int] | None:
-    """Height and width a model takes; None where it takes any."""
-    size = getattr(vision_config(model), "image_size", None)
-    return (size, size) if isinstance(size, int) else size and tuple(size)

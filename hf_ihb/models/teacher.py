@@ -1,6 +1,7 @@
 """Frozen teachers: any image model of transformers or timm, seen through its own normalisation and resolution."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from transformers.utils import ModelOutput
 from hf_ihb.config.model import TeacherArguments
 from hf_ihb.errors import NumericsError, TeacherMismatchError
 from hf_ihb.models.features import FeatureMap, extract_features, final_norm, size_arguments
+from hf_ihb.models.geometry import Geometry
 from hf_ihb.models.pretrained import label_permutation, load_pretrained
 from hf_ihb.models.processing import PixelFormat
 
@@ -78,14 +80,20 @@ class Teacher:
         permutation = label_permutation(self.model.config, label_names, who, assume_same_order)
         self.permutation = None if permutation is None else permutation.to(self.model.device)
 
-    def prepare(self, images: Tensor) -> Tensor:
-        """Images as `PixelFormat.apply` takes them -> normalised pixels at the teacher's resolution."""
+    def prepare(self, images: Tensor, whole: bool = False, shown: Geometry | None = None) -> Tensor:
+        """Images as `PixelFormat.apply` takes them -> normalised pixels at the teacher's resolution.
+
+        Args:
+            images: ``(B, C, H, W)``.
+            whole: Whether all of each image is brought to that resolution, whatever the image processor cuts off.
+            shown: What they have gone through already.
+        """
         if self.pixels is None:
             raise TeacherMismatchError(
                 f"teacher '{self.name}': expected its image processor to normalise stored images, found none; "
                 "give 'teacher_processor', or batches with 'teacher_pixel_values'"
             )
-        return self.pixels.apply(images)
+        return (self.pixels.whole() if whole else self.pixels).apply(images, shown)
 
     def _pixels_as_weights(self, pixel_values: Tensor) -> Tensor:
         return pixel_values.to(self.model.dtype)
@@ -183,13 +191,13 @@ def load_teacher(
     )
     model, pixels = loaded.model, loaded.pixels
     if args.teacher_image_size is not None:
-        pixels = pixels._replace(size=(args.teacher_image_size,) * 2)
+        pixels = pixels.whole((args.teacher_image_size,) * 2)
     if args.teacher_normalization == "dataset":
         if dataset_statistics is None:
             raise ValueError("key 'teacher_normalization': expected the data set's mean and std with it, found none")
         # one channel of a greyscale set stands for all of the teacher's
         mean, std = (tuple(v) * (len(pixels.mean) // len(v)) for v in dataset_statistics)
-        pixels = pixels._replace(mean=mean, std=std)
+        pixels = replace(pixels, mean=mean, std=std)
     names = label_names if needs_logits else None
     return Teacher(
         model, pixels, names, args.teacher_assume_same_label_order, args.teacher_control, revision=loaded.revision

@@ -1,18 +1,20 @@
 """From a batch to what the student sees of it: a `Step`, of images kept on the accelerator where they fit."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from hf_ihb.augment import Augmenter, class_targets
 from hf_ihb.config.augmentation import AugmentationArguments
-from hf_ihb.data import ImageSplit, collate_images, host_index, onto, placement, rows_onto
-from hf_ihb.errors import DataError
+from hf_ihb.data import ImageSplit, StoredSplit, collate_images, host_index, onto, placement, rows_onto
+from hf_ihb.errors import DataError, ModelLoadError
+from hf_ihb.models.inputs import format_for
 from hf_ihb.models.processing import PixelFormat
 from hf_ihb.step import Step, Views
 from hf_ihb.trainer.compiling import compiled
@@ -24,22 +26,20 @@ class Batches:
     Args:
         args: Of the training.
         augmentation: What stored images go through in training.
-        pixels: How the student wants its images; None if batches bring normalised ``pixel_values``.
-        num_labels: Number of classes K.
 
     Attributes:
         augmenter: Made with the first batch of stored images, which tells their shape; None before.
         placed: Each split that was asked for, by its id, beside the one that is read in its place.
     """
 
-    def __init__(
-        self,
-        args: TrainingArguments,
-        augmentation: AugmentationArguments,
-        pixels: PixelFormat | None,
-        num_labels: int,
-    ) -> None:
-        self.args, self.augmentation, self.pixels, self.num_labels = args, augmentation, pixels, num_labels
+    def __init__(self, args: TrainingArguments, augmentation: AugmentationArguments) -> None:
+        self.args, self.augmentation, self.num_labels = args, augmentation, 0
+        self.pixels: PixelFormat | None = None
+        self._whole: PixelFormat | None = None
+        self._refusal: Exception = DataError(
+            "stored (uint8) images: expected a 'processing_class' with mean and std, found none"
+        )
+        self._shown: Any = None
         self.augmenter: Augmenter | None = None
         self._partners_from: ImageSplit | None = None
         self.placed: dict[int, tuple[ImageSplit, ImageSplit]] = {}
@@ -47,9 +47,40 @@ class Batches:
 
     def remade(self, args: TrainingArguments, augmentation: AugmentationArguments) -> Self:
         """The same for other arguments; images stay where they were placed."""
-        new = type(self)(args, augmentation, self.pixels, self.num_labels)
-        new.placed = self.placed
+        new = type(self)(args, augmentation)
+        new.num_labels, new.placed = self.num_labels, self.placed
+        new.pixels, new._whole, new._refusal = self.pixels, self._whole, self._refusal
         return new
+
+    def serve(self, student: PreTrainedModel, processor: Any) -> None:
+        """Takes number of classes and pixels from a student and its image processor.
+
+        Stored images that are evaluated go through the processor's own steps. In training all of each image is brought
+        to the size that they make.
+
+        Args:
+            student: That is trained.
+            processor: None if batches bring normalised ``pixel_values``. One that cannot be followed is refused when
+                stored images come.
+        """
+        self.num_labels = student.config.num_labels
+        if processor is None:
+            return
+        try:
+            self.pixels = format_for(student, processor)
+            self._whole = self.pixels.whole()
+        except ModelLoadError as error:
+            self._refusal = error
+
+    def check(self, *datasets: Any) -> None:
+        """Refuses stored images whose pixels nobody can make.
+
+        Raises:
+            HfIhbError: If one of the data sets holds stored images, and there is no image processor to follow.
+        """
+        known = [d for given in datasets for d in (given.values() if isinstance(given, dict) else (given,))]
+        if self.pixels is None and any(isinstance(dataset, StoredSplit) for dataset in known):
+            raise self._refusal
 
     def place(self, dataset: Any) -> Any:
         """Stored images on the accelerator, where they fit; any other data set as it is."""
@@ -61,6 +92,15 @@ class Batches:
         return self.placed[id(dataset)][1]
 
     # ---- A batch as a step ----
+
+    @contextlib.contextmanager
+    def evaluating(self, loader: Any) -> Iterator[None]:
+        """While a data set is evaluated on: its images may have been decoded as the model sees them."""
+        before, self._shown = self._shown, getattr(getattr(loader, "dataset", None), "geometry", None)
+        try:
+            yield
+        finally:
+            self._shown = before
 
     def step(self, inputs: Mapping[str, Any], train: bool, epoch: float, images: Any) -> Step:
         """What the student sees of a batch, and what the labels say of it.
@@ -81,9 +121,9 @@ class Batches:
             targets = self._targets(labels, None) if train else None
             return Step(pixels, labels, targets, inputs=inputs)
         if self.pixels is None:
-            raise DataError("stored (uint8) images: expected a 'processing_class' with mean and std, found none")
+            raise self._refusal
         if not train:
-            return Step(self.pixels.apply(pixels), labels, inputs=inputs)
+            return Step(self.pixels.apply(pixels, self._shown), labels, inputs=inputs)
         if inputs.get("index") is None:
             raise DataError("stored (uint8) images: expected a `StoredSplit` or batches with 'index' to augment")
         if self.augmenter is None:
@@ -92,6 +132,14 @@ class Batches:
         number = torch.full((), int(epoch), device=pixels.device) if self.args.torch_compile else int(epoch)
         seen, views = self._views_of(pixels, inputs["index"], number, labels, self._partners(inputs, int(epoch)))
         return Step(seen, labels, views.targets, views, inputs=inputs)
+
+    def whole_images(self, pixels: Tensor) -> Tensor:
+        """What the student is shown of images in training, but for augmentation: ``(B, C, H, W)``, normalised."""
+        if pixels.dtype != torch.uint8:
+            return pixels
+        if self._whole is None:
+            raise self._refusal
+        return self._whole.apply(pixels)
 
     def _targets(self, labels: Tensor | None, views: Views | None) -> Tensor | None:
         if labels is None:
@@ -104,7 +152,7 @@ class Batches:
         """What the student sees, and how it came about: one graph where it is compiled."""
         views = self.augmenter(images, index, epoch, labels, partners)
         views.targets = self._targets(labels, views)
-        return self.pixels.apply(views.seen), views
+        return self._whole.apply(views.seen), views
 
     def _make_augmenter(self, pixels: Tensor, split: Any) -> None:
         fetch, count = None, 0
@@ -117,7 +165,9 @@ class Batches:
 
             else:
                 self._partners_from = split
-        fill = self.pixels.mean[: pixels.shape[1]]  # a grey image has one channel where its processor has three
+        # a grey image has one channel where its processor has three
+        mean = self.pixels.mean[::-1] if self.pixels.flips else self.pixels.mean
+        fill = tuple(min(max(level, 0.0), 1.0) for level in mean[: pixels.shape[1]])
         self.augmenter = Augmenter(self.augmentation, self.args.seed, fill, fetch, count)
 
     def _partners(self, inputs: Mapping[str, Any], epoch: int) -> tuple[Tensor, Tensor, Tensor] | None:

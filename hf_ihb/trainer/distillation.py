@@ -53,8 +53,11 @@ class DistillationTrainer(SupervisedTrainer):
         *positional: Further arguments of `SupervisedTrainer`.
         teacher_model: A `Teacher`, or a model of transformers, which is frozen in place.
         teacher_processor: The image processor of a `teacher_model` that is not a `Teacher`; needed for stored images.
-        **kwargs: Further arguments of `SupervisedTrainer`. A batch of the user's own may bring
-            ``teacher_pixel_values``; otherwise the teacher sees its ``pixel_values``.
+            Where features are learned from, whole images are brought to the size it makes; its own steps, crops among
+            them, are followed where class scores alone are.
+        **kwargs: Further arguments of `SupervisedTrainer`. A batch of the user's own must bring
+            ``teacher_pixel_values`` where the teacher's image processor is known and is not the student's; otherwise
+            the teacher sees its ``pixel_values``.
     """
 
     arguments_class = DistillationTrainingArguments
@@ -130,8 +133,8 @@ class DistillationTrainer(SupervisedTrainer):
             student,
             self.teacher,
             SharedKeys.of(args),
-            self.batches.step(batch, False, 0.0, None).pixel_values,
-            self.teacher.prepare(other) if other.dtype == torch.uint8 else other,
+            self.batches.whole_images(pixels),
+            self.teacher.prepare(other, whole=True) if other.dtype == torch.uint8 else other,
             final=any(need.final for need in needs),
             several_tokens=args.cka_scope == "tokens",
         )

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_ihb.errors import RecipeError
+from hf_ihb.models.inputs import input_size
 from hf_ihb.models.module import StudentModule, freeze_unused
 from hf_ihb.models.processing import PixelFormat
-from hf_ihb.models.student import input_size
 
 BATCH_KEYS = ("pixel_values", "teacher_pixel_values", "labels", "label", "label_ids", "index")  # of those a step reads
 
@@ -61,7 +61,9 @@ def empty_image(
     """
     size = input_size(student) if pixels is None else pixels.size
     if size is None:
-        return torch.zeros_like(first_batch()["pixel_values"][:1], dtype=torch.float32)
+        images = first_batch()["pixel_values"][:1]
+        stored = pixels is not None and images.dtype == torch.uint8
+        return torch.zeros_like(pixels.apply(images) if stored else images, dtype=torch.float32)
     return torch.zeros(1, getattr(student.config, "num_channels", 3), *size)
 
 

@@ -43,11 +43,14 @@ def resolved_recipe(
         own = instance.to_dict() if isinstance(instance, TrainingArguments) else vars(instance)
         keys |= {f.name: own.get(f.name) for f in fields(instance) if not is_token_key(f.name)}
     teacher = getattr(trainer, "teacher", None)
+    if teacher is not None:
+        about = {"name": teacher.name, "revision": teacher.revision}
+        teacher = about | {"crop_left_out": True} if trainer.teacher_side.leaves_crop_out else about
     return {
         "recipe": None if recipe is None else str(recipe),
         "keys": keys,
         "dataset": dataset,
-        "teacher": None if teacher is None else {"name": teacher.name, "revision": teacher.revision},
+        "teacher": teacher,
         "environment": environment(
             trainer.args.device, num_processes=trainer.args.world_size, mixed_precision=trainer.args.mixed_precision
         ),

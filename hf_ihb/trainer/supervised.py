@@ -11,9 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_ihb.config.augmentation import AugmentationArguments
+from hf_ihb.models.inputs import processor_beside
 from hf_ihb.models.module import StudentModule
-from hf_ihb.models.processing import pixel_format
-from hf_ihb.models.student import input_size
 from hf_ihb.step import Step, StudentOutput
 from hf_ihb.trainer.arguments import SupervisedTrainingArguments
 from hf_ihb.trainer.batches import Batches, first_batch, image_collator
@@ -43,7 +42,9 @@ class SupervisedTrainer(Trainer):
         data_collator: Of batches; `collate_images` if None.
         train_dataset: Images to train on.
         eval_dataset: Images to evaluate on, one set or several by name.
-        processing_class: Image processor; gives mean, std and size for stored images, and is saved with the model.
+        processing_class: Image processor, saved with the model. Stored images that are evaluated go through its steps;
+            in training, all of each is brought to the size that they make. One that stored images cannot be put through
+            is refused. A timm model keeps it in its config, which holds whole images of one size alone.
         augmentation: What stored images go through in training; nothing if None.
         **kwargs: Further arguments of `Trainer`. `compute_metrics` sees the logits of inference; its metrics are added
             to ours.
@@ -67,9 +68,9 @@ class SupervisedTrainer(Trainer):
         if not isinstance(args, self.arguments_class):
             raise TypeError(f"{type(self).__name__} takes {self.arguments_class.__name__}, got {type(args).__name__}")
         data_collator = image_collator(data_collator, args)
-        self._pixels = None if processing_class is None else pixel_format(processing_class)
+        self._processor = processing_class
         self.augmentation = augmentation or AugmentationArguments()
-        self.batches = Batches(args, self.augmentation, self._pixels, num_labels=0)
+        self.batches = Batches(args, self.augmentation)
         self._publishing = Publishing(self)
         self._hub_calls = HubCalls(self, self._publishing)
         images = train_dataset if train_dataset is not None else eval_dataset
@@ -85,6 +86,8 @@ class SupervisedTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self.processing_class = self._processor
+        self.batches.check(train_dataset, eval_dataset)
         args.check_with([self.augmentation])
         check_schedule(self.optimizer, self.lr_scheduler)
         take_losses(self)
@@ -108,10 +111,8 @@ class SupervisedTrainer(Trainer):
         """The module that is trained, of the model that was passed in; a batch of one image tells shapes."""
         if not isinstance(student, PreTrainedModel):
             raise TypeError(f"expected an image classifier of transformers, got {type(student).__name__}")
-        batches = self.batches
-        batches.num_labels = student.config.num_labels
-        if batches.pixels is not None:
-            batches.pixels = batches.pixels._replace(size=input_size(student) or self._pixels.size)
+        self._processor = processor_beside(student, self._processor)
+        self.batches.serve(student, self._processor)
         return StudentModule(student)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
@@ -249,12 +250,12 @@ class SupervisedTrainer(Trainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         return (loss, None, None) if prediction_loss_only else (loss, outputs, inputs.get("labels"))
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
         """Evaluates; `predictions` are the logits of inference, metrics those of the main process."""
         self._check_finite()
-        with self.loss_log.pause(), self._averaging.applied():
+        with self.loss_log.pause(), self._averaging.applied(), self.batches.evaluating(dataloader):
             self.compute_metrics.reset()
-            return of_main_process(super().evaluation_loop(*args, **kwargs))
+            return of_main_process(super().evaluation_loop(dataloader, *args, **kwargs))
 
     # ---- Checkpoints: `Checkpoints` says what each does ----
 

@@ -28,7 +28,7 @@ from hf_ihb.models.teacher import Teacher
 from hf_ihb.storage.block_store import BlockStore, checksum
 from hf_ihb.trainer.cache_rows import Code, Layout
 
-FORMAT = 3
+FORMAT = 4
 BLOCK_ROWS = 512
 ROWS_FILE, STATISTICS_FILE = "rows.bin", "statistics.safetensors"
 _CHECKED_ROWS = 8
@@ -52,8 +52,14 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def describe_teacher(teacher: Teacher) -> dict[str, Any]:
-    """What determines what a teacher says of a given image."""
+def describe_teacher(teacher: Teacher, whole: bool) -> dict[str, Any]:
+    """What determines what a teacher says of a given image.
+
+    Args:
+        teacher: That is asked.
+        whole: Whether it is shown all of each image, as `Teacher.prepare` takes it.
+    """
+    pixels = teacher.pixels.whole() if whole and teacher.pixels is not None else teacher.pixels
     config = teacher.model.config.to_dict()
     # where it came from and what wrote it say nothing about what it is
     kept = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
@@ -62,7 +68,7 @@ def describe_teacher(teacher: Teacher) -> dict[str, Any]:
         "class": type(teacher.model).__name__,
         "config": kept,
         "weights": fingerprint(teacher.model.state_dict()),
-        "pixels": None if teacher.pixels is None else teacher.pixels._asdict(),
+        "pixels": None if pixels is None else pixels.description(),
         "permutation": permutation,
     }
 

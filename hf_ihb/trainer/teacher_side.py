@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 
 from hf_ihb.data import StoredSplit, host_index, placement
-from hf_ihb.errors import DataError, NumericsError, RecipeError
+from hf_ihb.errors import DataError, NumericsError, RecipeError, TeacherMismatchError
 from hf_ihb.functional.gram import TokenGram
 from hf_ihb.functional.resampling import Resampler
 from hf_ihb.functional.tokens import pool_tokens, standardize_tokens
@@ -65,6 +65,21 @@ class TeacherSide:
         self._preparations: list[Preparation] = list(dict.fromkeys(n.preparation for n in needs if n.layers))
         self._align = compiled(self._aligned, args)
 
+    @property
+    def sees_whole_images(self) -> bool:
+        """Whether the teacher is shown all of each image, where its image processor would crop.
+
+        Tokens are compared place by place, so that it must be known where they look. Scores are those of the same
+        forward.
+        """
+        return self.layers is not None
+
+    @property
+    def leaves_crop_out(self) -> bool:
+        """Whether that is not what the teacher's image processor does."""
+        pixels = self.trainer.teacher.pixels
+        return self.sees_whole_images and pixels is not None and pixels.crops
+
     # ---- Asking ----
 
     def outputs(self, step: Step, *, shuffled: bool) -> TeacherOutputs:
@@ -108,15 +123,21 @@ class TeacherSide:
         return Parts(scores, None if maps is None else self._pooled(maps))
 
     def _pixels(self, inputs: Mapping[str, Any], views: Views | None, augmented: bool, shuffled: bool) -> Tensor:
-        """What the teacher sees of a batch, normalised."""
+        """What the teacher sees of a batch, normalised; one view serves its scores and its features."""
         teacher = self.trainer.teacher
         if "teacher_pixel_values" in inputs:
             pixels = inputs["teacher_pixel_values"]
         elif views is not None:
-            pixels = teacher.prepare(views.seen if augmented else views.images)
-        else:
+            pixels = teacher.prepare(views.seen if augmented else views.images, self.sees_whole_images)
+        elif inputs["pixel_values"].dtype == torch.uint8:
+            pixels = teacher.prepare(inputs["pixel_values"], self.sees_whole_images)
+        elif teacher.pixels is None or teacher.pixels == self.trainer.batches.pixels:
             pixels = inputs["pixel_values"]
-            pixels = teacher.prepare(pixels) if pixels.dtype == torch.uint8 else pixels
+        else:
+            raise TeacherMismatchError(
+                f"batches of float 'pixel_values': expected 'teacher_pixel_values' beside them, as teacher "
+                f"'{teacher.name}' has an image processor that is not the student's, found none"
+            )
         return pixels.roll(-1, dims=0) if shuffled else pixels
 
     def _forward(
@@ -233,6 +254,13 @@ class TeacherSide:
         """
         self.cache = None
         trainer, args = self.trainer, self.trainer.args
+        pixels = trainer.teacher.pixels
+        if self.leaves_crop_out and trainer.is_world_process_zero():
+            print(
+                f"teacher '{trainer.teacher.name}': shown whole images, brought to {pixels.size[0]} x {pixels.size[1]} "
+                "px without the crop of its image processor, as features are compared place by place",
+                flush=True,
+            )
         cache, reason = self._choose_cache()
         if args.teacher_cache == "auto" and trainer.is_world_process_zero():
             print(f"teacher_cache auto: {'off' if cache is None else cache.layout.kind} ({reason})", flush=True)
@@ -315,7 +343,7 @@ class TeacherSide:
         """What determines a row."""
         trainer, args = self.trainer, self.trainer.args
         rows = {
-            "teacher": describe_teacher(trainer.teacher),
+            "teacher": describe_teacher(trainer.teacher, self.sees_whole_images),
             "precision": f"{self.precision} on {args.device.type}",
             "images": trainer.train_dataset.fingerprint(),
             "versions": library_versions("torch", "transformers", "timm"),

@@ -29,7 +29,7 @@ def test_cka_is_that_of_pooled_block_outputs(student, cnn, split):
 def test_a_teacher_sees_the_images_at_its_own_size(student, split):
     shape = SHAPE | {"image_size": 28, "patch_size": 14}
     model = Dinov2Model(Dinov2Config(**shape))
-    small, large = (subject(copy.deepcopy(model), PIXELS._replace(size=(px, px))) for px in (28, 56))
+    small, large = (subject(copy.deepcopy(model), PIXELS.whole((px, px))) for px in (28, 56))
     for teacher in (small, large):
         teacher.model.load_state_dict(small.model.state_dict())
     matrices = [measure(student, split, "cka", t)["cka"]["matrices"][1]["linear"] for t in (small, large)]

@@ -26,7 +26,7 @@ def jpeg(image):
 @pytest.mark.parametrize("side", [None, 9])
 @pytest.mark.parametrize("num_workers", [1, 2, 5])
 def test_pixels_are_pillows_for_any_number_of_threads(encode, mode, side, num_workers):
-    images = [picture(i, (6, 6) if side is None else (5 + i % 3, 8)) for i in range(50)]
+    images = [picture(i, (6, 6) if side is None else (5 + i % 3, 8), mode) for i in range(50)]
     stored = [jpeg(image) if i % 2 else image for i, image in enumerate(images)]
     size = (side or 6,) * 2
     expected = []
@@ -253,9 +253,10 @@ def test_every_colour_mode_becomes_rgb(folder, mode):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "CMYK", "P", "1"])
-def test_grey_images_are_pils_luma_in_one_channel(folder, mode):
-    test = [(picture(900 + i, mode=mode), i % 3) for i in range(6)]
-    name = write(folder, train=rows(30), test=test)
+def test_grey_images_of_any_mode_have_one_channel(folder, mode):
+    train = [(image.convert("L"), label) for image, label in rows(30)]
+    test = [(picture(900 + i, mode="L").convert(mode), i % 3) for i in range(6)]
+    name = write(folder, train=train, test=test)
     opened = [Image.open(io.BytesIO(png(image))) for image, _ in test]
     for side in (None, 9):
         data = load(name, color_mode="grayscale", image_size=side)
@@ -265,6 +266,15 @@ def test_grey_images_are_pils_luma_in_one_channel(folder, mode):
         assert torch.equal(data.test.images, torch.stack([torch.from_numpy(np.array(g))[None] for g in grey]))
         assert data.train.images.shape[1] == 1
         assert [len(values) for values in data.train.statistics()] == [1, 1]
+
+
+@pytest.mark.parametrize("decode", ["once", "stream"])
+def test_colours_are_no_grey_images(folder, decode):
+    """`pipeline` shows a model the three channels of a file; no image processor makes grey of them."""
+    grey = [(image.convert("L"), label) for image, label in rows(33)]
+    name = write(folder, train=grey[:30], test=[*grey[30:], (picture(900), 0)])
+    with pytest.raises(DataError, match=r"split 'test', row 3: key 'color_mode': expected a grey image .* give 'rgb'"):
+        load(name, color_mode="grayscale", decode=decode).test.__getitems__([3])
 
 
 def test_images_of_other_sizes_are_refused_until_a_size_is_given(folder):

@@ -92,7 +92,8 @@ def assert_same(split, expected):
 @pytest.mark.parametrize(("mode", "side"), [("rgb", None), ("rgb", 9), ("grayscale", None), ("grayscale", 4)])
 def test_every_way_gives_the_same_splits(folder, load, way, mode, side):
     def stored(count, start):
-        sized = [(picture(start + i, (6, 6) if side is None else (5 + i % 3, 7)), i % 3) for i in range(count)]
+        sizes, grey = [(6, 6) if side is None else (5 + i % 3, 7) for i in range(count)], mode == "grayscale"
+        sized = [(picture(start + i, size, "L" if grey else "RGB"), i % 3) for i, size in enumerate(sizes)]
         return [(jpeg(image) if i % 2 else image, label) for i, (image, label) in enumerate(sized)]
 
     name = write(folder, train=stored(60, 0), test=stored(21, 100))

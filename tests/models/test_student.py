@@ -34,9 +34,10 @@ from hf_ihb.errors import ModelLoadError, RecipeError
 from hf_ihb.methods.token import LinearMaps
 from hf_ihb.models.deit import FlexibleDeiTForImageClassification
 from hf_ihb.models.features import extract_features
+from hf_ihb.models.inputs import input_size
 from hf_ihb.models.module import StudentModule
 from hf_ihb.models.processing import pixel_format
-from hf_ihb.models.student import apply_cls_token_dropout, apply_drop_path, build_student, init_tokens, input_size
+from hf_ihb.models.student import apply_cls_token_dropout, apply_drop_path, build_student, init_tokens
 from hf_ihb.step import TeacherOutputs
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +49,11 @@ TOKENS = ("cls_token", "distillation_token", "position_embeddings")
 
 def build(names=NAMES, size=(32, 32), **kwargs):
     return build_student(ModelArguments(**kwargs), names, size, MEAN, STD)
+
+
+def mean_std_and_size(processor):
+    pixels = pixel_format(processor)
+    return pixels.mean, pixels.std, pixels.size
 
 
 def count(model):
@@ -316,7 +322,7 @@ def test_a_convnextv2_from_scratch_keeps_a_map_at_its_last_stage():
     rates = [m.drop_prob for m in model.modules() if isinstance(m, ConvNextV2DropPath) and m.drop_prob > 0]
     assert rates == pytest.approx([0.2 / 3, 0.4 / 3, 0.2])
     assert input_size(model) == (32, 32)
-    assert pixel_format(processor) == (tuple(MEAN), tuple(STD), (32, 32))
+    assert mean_std_and_size(processor) == (tuple(MEAN), tuple(STD), (32, 32))
 
 
 def test_one_step_moves_every_parameter_of_a_convnextv2():
@@ -363,7 +369,7 @@ def test_a_convnextv2_goes_on_from_its_weights_behind_a_stem_for_small_images(co
     assert model.classifier.weight.std().item() == pytest.approx(0.02, rel=0.4)
     assert (model.config.id2label, model.config.drop_path_rate) == ({0: "a", 1: "b"}, 0.1)
     assert input_size(model) == (32, 32)
-    assert pixel_format(processor) == ((0.4,) * 3, (0.2,) * 3, (32, 32))
+    assert mean_std_and_size(processor) == ((0.4,) * 3, (0.2,) * 3, (32, 32))
     _, maps = extract_features(model.eval(), torch.randn(1, 3, 32, 32), [0, 1, 2])
     assert [m.grid for m in maps] == [(16, 16), (8, 8), (4, 4)]
 
@@ -414,7 +420,7 @@ def test_a_student_is_saved_as_a_plain_model_that_loads_again(architecture, tmp_
     pixels = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded.eval()(pixels).logits, model.eval()(pixels).logits)
     assert pixel_format(AutoImageProcessor.from_pretrained(tmp_path)) == pixel_format(processor)
-    assert pixel_format(processor) == (tuple(MEAN), tuple(STD), (32, 32))
+    assert mean_std_and_size(processor) == (tuple(MEAN), tuple(STD), (32, 32))
 
 
 _ELSEWHERE = """
@@ -473,7 +479,7 @@ def test_our_own_models_carry_their_code(tmp_path):
 def test_the_pipeline_sees_grey_images_as_evaluation_does(options, tmp_path):
     args = ModelArguments(**options)
     model, processor = build_student(args, NAMES, (16, 16), [0.4], [0.3])
-    assert pixel_format(processor) == ((0.4,) * 3, (0.3,) * 3, (16, 16))
+    assert mean_std_and_size(processor) == ((0.4,) * 3, (0.3,) * 3, (16, 16))
     for module in model.modules():  # untrained logits are too alike to tell one normalisation from another
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.3)

@@ -454,7 +454,7 @@ def test_a_student_block_that_does_not_exist_is_named(make_trainer):
 
 def test_a_teacher_block_of_one_token_holds_no_structure(make_trainer, make_teacher):
     teacher = make_teacher(None)
-    teacher.pixels = teacher.pixels._replace(size=(8, 8))  # four stages: 8, 4, 2, 1
+    teacher.pixels = teacher.pixels.whole((8, 8))  # four stages: 8, 4, 2, 1
     with pytest.raises(RecipeError, match="expected several tokens, found one in block 3"):
         make_trainer(teacher=teacher, student_layers=[0], teacher_layers=[3])
 
