@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import datasets
 import numpy as np
 import PIL
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from huggingface_hub import constants
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -119,6 +121,7 @@ class EncodedImages:
         seen = {} if self.geometry is None else {"geometry": self.geometry.description()}
         return seen | {
             "table": list(self.identity),
+            "files": self._files(),
             "column": self.column,
             "rows": hashlib.sha256(np.ascontiguousarray(self.rows, dtype="<i8").tobytes()).hexdigest(),
             "shape": list(self.shape),
@@ -127,6 +130,24 @@ class EncodedImages:
             "decoder": _DECODER,
             "pillow": PIL.__version__,
         }
+
+    def _files(self) -> str | None:
+        """Hash of what tells the files of images that lie beside a local table from those they were, unread.
+
+        A file that is replaced may keep its size and the time it was changed, but not what the system notes (ctime).
+        """
+        if not self.local:
+            return None  # a commit of the Hub is the same everywhere
+        column = self.table.with_format("arrow")[:][self.column]
+        apart = pc.struct_field(column, "bytes").is_null().to_numpy()[self.rows]
+        if not apart.any():
+            return None
+        digest = hashlib.sha256()
+        for path in pc.struct_field(column, "path").take(pa.array(self.rows[apart])).to_pylist():
+            with contextlib.suppress(OSError, TypeError, ValueError):  # decoding says what is wrong with it
+                state = os.stat(path)
+                digest.update(f"{path}\0{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}\0".encode())
+        return digest.hexdigest()
 
     def fingerprint(self) -> str:
         """Hash of `description`."""

@@ -6,6 +6,8 @@ import shutil
 import signal
 from collections import namedtuple
 
+import datasets
+import numpy as np
 import PIL
 import pytest
 import torch
@@ -289,3 +291,25 @@ def test_a_whole_file_is_read_without_a_lock(tmp_path, encoded, expected, monkey
     opened(tmp_path, encoded)
     monkeypatch.setattr(BlockStore, "lock", lambda self: pytest.fail("asked for the lock"))
     assert torch.equal(opened(tmp_path, encoded), expected)
+
+
+def test_an_image_that_was_replaced_without_a_trace_in_size_and_time_is_decoded_anew(tmp_path):
+    def named(row):
+        return {"bytes": None, "path": str(tmp_path / f"{row}.bmp")}
+
+    for row in range(12):
+        picture(row, size=(6, 6)).save(tmp_path / f"{row}.bmp")
+    table = datasets.Dataset.from_dict(
+        {"image": [named(row) for row in range(12)]},
+        features=datasets.Features({"image": datasets.Image(decode=False)}),
+    )
+    encoded = EncodedImages(table, "image", np.arange(12), (6, 6), True, "RGB", "here", True, ("set",))
+    before = opened(tmp_path / "caches", encoded).clone()
+    path = tmp_path / "5.bmp"
+    state = os.stat(path)
+    picture(99, size=(6, 6)).save(path)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert (os.stat(path).st_size, os.stat(path).st_mtime_ns) == (state.st_size, state.st_mtime_ns)
+    after = opened(tmp_path / "caches", encoded)
+    assert torch.equal(after, encoded.decode(range(12)))
+    assert not torch.equal(after[5], before[5])
