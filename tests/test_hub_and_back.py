@@ -149,8 +149,8 @@ def test_a_push_that_fails_keeps_the_run_and_ends_with_the_command(hub_here, scr
     assert hub_here.files(REPO)["model.safetensors"] == Path("run/model.safetensors").read_bytes()
 
 
-def image_set(count):
-    generator = np.random.default_rng(0)
+def image_set(count, seed):
+    generator = np.random.default_rng(seed)
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=names)})
     images = [Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(count)]
@@ -160,7 +160,7 @@ def image_set(count):
 def test_the_main_command_runs_against_a_hub_and_pins_what_it_resolved(hub, hub_env, tmp_path):
     files = {}
     for name, count in (("train", 200), ("test", 20)):
-        image_set(count).to_parquet(tmp_path / f"{name}.parquet")
+        image_set(count, seed=count).to_parquet(tmp_path / f"{name}.parquet")
         files[f"plain_text/{name}-00000-of-00001.parquet"] = (tmp_path / f"{name}.parquet").read_bytes()
     data = hub.add_repo("uoft-cs/cifar10", files, repo_type="dataset")
     shape = {"hidden_size": 24, "num_hidden_layers": 12, "num_attention_heads": 2, "patch_size": 14, "image_size": 224}

@@ -129,6 +129,7 @@ def move_trainer(trainer, monkeypatch, data_on=GPU):
         side.statistics = [tuple(map(elsewhere, pair)) for pair in side.statistics]
     if (cache := getattr(trainer, "teacher_cache", None)) is not None:
         cache._rows = elsewhere(cache._rows, data_on)
+        cache.codes = [type(code)(*map(elsewhere, code)) for code in cache.codes]
 
 
 def batch_of(split, count=8):
