@@ -85,11 +85,17 @@ class Clock(TrainerCallback, ExportableState):
             )
         self.earlier_seconds = saved["attributes"]["earlier_seconds"] if saved else 0.0
         self._begin = time.perf_counter()
+        _have_place(self, state)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: what will be earlier to a run that goes on from it."""
         seconds = self.earlier_seconds + time.perf_counter() - self._begin
         return {"args": {}, "attributes": {"earlier_seconds": seconds}}
+
+
+def _have_place(callback: ExportableState, state: TrainerState) -> None:
+    """Where a checkpoint was written without a callback, `Trainer` finds no place for what it would save of it."""
+    state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
 
 
 def earlier_seconds(trainer: Trainer) -> float:
@@ -117,6 +123,7 @@ class EarlyStopping(EarlyStoppingCallback):
         saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step > 0 else None
         count = saved["attributes"]["early_stopping_patience_counter"] if saved else 0
         self.early_stopping_patience_counter = count
+        _have_place(self, state)
 
     def on_evaluate(
         self,

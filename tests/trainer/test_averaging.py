@@ -24,7 +24,9 @@ EMA = {"ema_decay": 0.4, "max_steps": 6}
 @pytest.fixture
 def make_trainer(make_student, make_args, train_split, eval_split, processor):
     def make(architecture="deit", *, augmentation=AUGMENT, callbacks=(), trainer_kwargs=None, **overrides):
-        if architecture == "resnet18_cifar_w16":
+        if not isinstance(architecture, str):
+            student = architecture
+        elif architecture == "resnet18_cifar_w16":
             args = ModelArguments(architecture=architecture)
             student = build_student(args, list("abcd"), (16, 16), [0.5] * 3, [0.25] * 3)[0]
         else:  # the stem has BatchNorm
@@ -305,7 +307,8 @@ def test_the_swa_learning_rate_is_approached_over_ten_epochs_in_every_group_and_
     parameters = list(student.parameters())
     groups = [{"params": parameters[:5], "lr": lr[0]}, {"params": parameters[5:], "lr": lr[1]}]
     trainer = make_trainer(
-        swa_start=0.25, swa_learning_rate=0.05, max_steps=16, per_device_train_batch_size=128,  # one step an epoch
+        student, swa_start=0.25, swa_learning_rate=0.05, max_steps=16,
+        per_device_train_batch_size=128,  # one step an epoch
         lr_scheduler_type="linear", callbacks=[Look()], trainer_kwargs={"optimizers": (torch.optim.SGD(groups), None)},
     )  # fmt: skip
     trainer.train()
