@@ -11,6 +11,9 @@ from transformers import PreTrainedModel
 from transformers.integrations import PeftAdapterMixin
 from transformers.utils import ModelOutput, logging
 
+from hf_ihb.checkpoint import student_state
+from hf_ihb.errors import ModelLoadError
+from hf_ihb.models.attention import AttentionGeometry, attention_geometry, attention_seen
 from hf_ihb.models.features import FeatureMap, apply_final_norm, extract_features
 from hf_ihb.models.images import take_images
 from hf_ihb.step import StudentOutput, TeacherOutputs
