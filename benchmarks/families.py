@@ -77,7 +77,10 @@ class Family(NamedTuple):
         else:
             config_name, model_name = self.made_of
             config_class = getattr(transformers, config_name)
-            model = getattr(transformers, model_name)(config_class(**self.options, num_labels=classes))
+            config = config_class(**self.options)
+            config.id2label = {i: f"LABEL_{i}" for i in range(classes)}
+            config.label2id = {name: i for i, name in config.id2label.items()}
+            model = getattr(transformers, model_name)(config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.ndim == 1 and name.endswith(("weight", "gamma", "lambda1", "lambda_1", "lambda_2")):
@@ -222,10 +225,10 @@ TRANSFORMERS = {
          "key_dim": [8, 8, 8]}, 128, "levit.encoder.stages.{}", (4, 2, 2),
     ),
     "cvt": _cnn("CvtConfig", "CvtForImageClassification", {"embed_dim": [8, 16, 24], "num_heads": [1, 2, 3],
-                "depth": [1, 1, 2]}, 64, "cvt.encoder.stages.{}", (16, 8, 4)),
-    "pvt": _cnn("PvtConfig", "PvtForImageClassification", _PYRAMID, 64,
-                tuple(f"pvt.encoder.block.{i}" for i in ("0.0", "1.0", "2.0", "2.1", "3.0")), (16, 8, 4, 4, 2),
-                "pvt.encoder.layer_norm"),
+                "depth": [1, 2, 3]}, 64, "cvt.encoder.stages.{}", (16, 8, 4), "layernorm"),
+    "pvt": _cnn("PvtConfig", "PvtModel", _PYRAMID, 64,
+                tuple(f"encoder.block.{i}" for i in ("0.0", "1.0", "2.0", "2.1", "3.0")), (16, 8, 4, 4, 2),
+                "encoder.layer_norm"),
     "pvt-v2": _cnn("PvtV2Config", "PvtV2ForImageClassification", _PYRAMID | {"mlp_ratios": [2] * 4}, 64,
                    tuple(f"pvt_v2.encoder.layers.{i}.layer_norm" for i in range(4)), (16, 8, 4, 2)),
     "segformer": _cnn("SegformerConfig", "SegformerForImageClassification", _PYRAMID, 64, "segformer.stages.{}",
@@ -247,8 +250,6 @@ TRANSFORMERS = {
          "stage_out_channels": [16, 24, 32, 40], "stage_num_blocks": [1, 1, 2, 1], "embedding_size": 8,
          "hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 2, 1]}, 64, "encoder.stages.{}", (16, 8, 4, 2),
     ),
-    "pp-lcnet": _cnn("PPLCNetConfig", "PPLCNetForImageClassification", {"scale": 0.25}, 64, "encoder.blocks.{}",
-                     (32, 16, 8, 4, 2)),
     "vitdet": _cnn("VitDetConfig", "VitDetModel",
                    {k: v for k, v in _VIT.items() if k != "intermediate_size"}
                    | {"window_size": 2, "window_block_indices": [0]}, 32, "encoder.layer.{}", (4, 4, 4)),
@@ -291,12 +292,9 @@ TIMM = {
                  "transformers.{}", (7, 4, 2), "norm"),
     "rdnet": _timm("rdnet_tiny", {"num_init_features": 16, "growth_rates": (8,) * 7}, 64,
                    tuple(f"dense_stages.{i}" for i in (0, 1, 5, 6)), _FOUR, "head.norm"),
-    "coat": _timm("coat_tiny",
-                  {"embed_dims": [16] * 4, "serial_depths": [1] * 4, "parallel_depth": 1, "img_size": 64}, 64,
-                  (), _FOUR),
     "twins": _timm("twins_svt_small",
                    {"embed_dims": [8, 16, 32, 64], "num_heads": [1, 2, 4, 8], "depths": [1] * 4, "img_size": 64}, 64,
-                   tuple(f"blocks.{i}.0" for i in range(4)), _FOUR, "norm"),
+                   "pos_block.{}", _FOUR, "norm"),
     "visformer": _timm("visformer_tiny", {"embed_dim": 48, "depth": (1, 1, 1), "num_heads": 3, "img_size": 64}, 64,
                        "stage{}", (8, 4, 2), "norm", 1),
     "volo": _timm("volo_d1_224", {"img_size": 64}, 64, tuple(f"network.{i}" for i in (0, 2, 3, 4)), (8, 4, 4, 4),
@@ -333,7 +331,7 @@ FAMILIES |= {f"timm/{name}": family for name, family in TIMM.items()}
 STUDENTS = tuple(
     f"transformers/{name}"
     for name in ("vit", "deit", "deit-distilled", "dinov2-classifier", "beit", "vit-msn", "ijepa", "clip-classifier",
-                 "siglip-classifier", "swin", "convnext", "resnet", "mobilenet-v2", "poolformer", "pvt", "focalnet")
+                 "siglip-classifier", "swin", "convnext", "resnet", "mobilenet-v2", "poolformer", "cvt", "focalnet")
 ) + tuple(
     f"timm/{name}"
     for name in ("vision_transformer", "resnet_cifar", "convnext", "efficientnet", "swin_transformer", "fasternet")

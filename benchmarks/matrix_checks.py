@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Vi
 
 from benchmarks.families import MEAN, STD, Family
 from hf_ihb.config.model import TeacherArguments
-from hf_ihb.models.features import final_norm, size_arguments
+from hf_ihb.models.features import final_norm, layout_of, size_arguments
 from hf_ihb.models.teacher import Teacher, load_teacher
 
 
@@ -66,7 +66,7 @@ def features(case: Case) -> None:
     maps = case.teacher.features(case.pixels, range(len(family.sides)))
     for handle in handles:
         handle.remove()
-    depth = len(case.teacher.features(case.pixels, [-1])) and _depth(case)
+    depth = layout_of(case.model).depth
     assert depth == len(family.sides), f"{depth} blocks, not {len(family.sides)}"
     for path, found in zip(family.paths, maps, strict=bool(family.paths)):
         output = _first_tensor(seen[path])
@@ -75,12 +75,6 @@ def features(case: Case) -> None:
             assert any(torch.allclose(r.sort(1)[0], found.tokens.sort(1)[0]) for r in candidates), path
         else:
             assert any(torch.allclose(r, found.tokens, atol=1e-5) for r in candidates), path
-
-
-def _depth(case: Case) -> int:
-    from hf_ihb.models.features import layout_of
-
-    return layout_of(case.model).depth
 
 
 def grid(case: Case) -> None:
@@ -116,7 +110,7 @@ def logits(case: Case) -> None:
 
 @torch.no_grad()
 def _plain_logits(model: nn.Module, pixels: Tensor) -> Tensor:
-    if "spatial_shapes" not in model.forward.__code__.co_varnames and "Siglip2" not in type(model).__name__:
+    if "Siglip2" not in type(model).__name__:
         return model(pixel_values=pixels, **size_arguments(model, pixels)).logits
     side = model.config.vision_config.patch_size
     count = pixels.shape[-1] // side

@@ -18,7 +18,7 @@ from transformers import (
     AutoModelForImageClassification,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING, MODEL_MAPPING
 
 import hf_ihb.models.timm_cifar  # noqa: F401  registers resnet18_cifar
 from hf_ihb.access import fetch_file, resolve_commit
@@ -119,7 +119,12 @@ def _auto_class(config: Any, needs_logits: bool | None, who: str) -> Any:
     if is_classifier if needs_logits is None or has_two_towers else needs_logits:
         return AutoModelForImageClassification
     is_backbone = any(name.endswith("Backbone") for name in saved)
-    return AutoBackbone if is_backbone or type(config) not in MODEL_MAPPING else AutoModel
+    known = type(config) in MODEL_FOR_BACKBONE_MAPPING
+    return MODEL_FOR_BACKBONE_MAPPING[type(config)] if known and is_backbone else _headless(config)
+
+
+def _headless(config: Any) -> Any:
+    return AutoModel if type(config) in MODEL_MAPPING else AutoBackbone
 
 
 def _trained(auto: Any, config: Any, folder: str, who: str) -> PreTrainedModel:

@@ -65,7 +65,20 @@ class Teacher:
         if label_names is not None:
             self.align_labels(label_names, assume_same_order)
         if pixels is not None and pixels.size is not None:
-            self.look(sample_pixels(model, pixels.size, len(pixels.mean)))
+            sample = sample_pixels(model, pixels.size, len(pixels.mean))
+            self.look(sample)
+            if label_names is not None:
+                self._check_scores(sample, len(label_names))
+
+    def _check_scores(self, pixel_values: Tensor, count: int) -> None:
+        with torch.no_grad():
+            outputs = self.model(pixel_values=pixel_values, **size_arguments(self.model, pixel_values))
+        scores = getattr(outputs, "logits", None)
+        if scores is None or tuple(scores.shape) != (1, count):
+            found = "none" if scores is None else f"scores of shape {tuple(scores.shape)}"
+            raise TeacherMismatchError(
+                f"teacher '{self.name}', key 'teacher_model': expected {count} class scores of an image, found {found}"
+            )
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Teacher":
         """Moves the model, and lays out its convolutions' weights as they run fastest; returns itself.
