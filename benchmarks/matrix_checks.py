@@ -1,5 +1,6 @@
 """What is promised of a teacher, one check each: `benchmarks.matrix` makes a table of them, a test runs the quick ones."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Vi
 
 from benchmarks.families import MEAN, STD, Family
 from hf_ihb.config.model import TeacherArguments
+from hf_ihb.models.attention import capture_attention, has_attention
 from hf_ihb.models.features import final_norm, layout_of, size_arguments
+from hf_ihb.models.images import take_images
+from hf_ihb.models.probe import ModelLayout
 from hf_ihb.models.teacher import Teacher, load_teacher
 
 
@@ -37,6 +41,11 @@ class Case:
         )
         generator = torch.Generator().manual_seed(1)
         self.pixels = torch.randn(2, 3, family.size, family.size, generator=generator)
+
+    @property
+    def layout(self) -> ModelLayout:
+        """What was measured of it."""
+        return layout_of(self.model)
 
     @property
     def model(self) -> nn.Module:
@@ -66,7 +75,7 @@ def features(case: Case) -> None:
     maps = case.teacher.features(case.pixels, range(len(family.sides)))
     for handle in handles:
         handle.remove()
-    depth = layout_of(case.model).depth
+    depth = case.layout.depth
     assert depth == len(family.sides), f"{depth} blocks, not {len(family.sides)}"
     for path, found in zip(family.paths, maps, strict=bool(family.paths)):
         output = _first_tensor(seen[path])
@@ -97,15 +106,16 @@ def norm(case: Case) -> None:
         assert torch.isfinite(normed.tokens).all()
 
 
-def logits(case: Case) -> None:
-    """Class scores are those of the plain model, read by its library alone."""
+def logits(case: Case) -> str | None:
+    """Class scores are those of the plain model, read by its library alone; `-` where it has none."""
     if not case.family.is_classifier:
-        return
+        return "-"
     model = AutoModelForImageClassification.from_pretrained(case.folder).eval()
     expected = _plain_logits(model, case.pixels)
     torch.testing.assert_close(case.teacher.logits(case.pixels), expected)
     together, _ = case.teacher.logits_and_features(case.pixels, [0])
     torch.testing.assert_close(together, expected)
+    return None
 
 
 @torch.no_grad()
@@ -136,10 +146,27 @@ def pixels(case: Case) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=steps / 255 / min(STD))
 
 
-CHECKS: dict[str, Callable[[Case], None]] = {
+def attention(case: Case) -> str | None:
+    """Maps as the analysis takes them are those that eager attention of the same weights returns; `-` without maps."""
+    if case.family.library == "timm" or not has_attention(case.model, case.pixels):
+        return "-"
+    found: list[Tensor] = []
+    arguments = size_arguments(case.model, case.pixels)
+    capture_attention(case.model, case.pixels, lambda _, maps: found.append(maps.clone()), **arguments)
+    eager = type(case.model)._from_config(copy.deepcopy(case.model.config), attn_implementation="eager").eval()
+    eager.load_state_dict(case.model.state_dict())
+    with torch.no_grad():
+        expected = take_images(eager)(pixel_values=case.pixels, output_attentions=True, **arguments).attentions
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    return None
+
+
+CHECKS: dict[str, Callable[[Case], str | None]] = {
     "features": features,
     "grid": grid,
     "norm": norm,
     "logits": logits,
     "pixels": pixels,
+    "attention": attention,
 }

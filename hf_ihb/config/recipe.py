@@ -44,9 +44,7 @@ class _RecipeParser(HfArgumentParser):
     def _parse_dataclass_field(parser: ArgumentParser, field: Field) -> None:
         plain = copy.copy(field)
         plain.metadata = {
-            name: value
-            for name, value in field.metadata.items()
-            if name not in ("key", "range", "published", "words")
+            name: value for name, value in field.metadata.items() if name not in ("key", "range", "published", "words")
         }
         HfArgumentParser._parse_dataclass_field(parser, plain)
         if words := field.metadata.get("words"):

@@ -68,7 +68,9 @@ def fit_size(model: PreTrainedModel, size: tuple[int, int] | None) -> None:
     if network is None or size is None or _takes(model, size):
         return
     if not hasattr(network, "set_input_size"):
-        raise ValueError(f"{type(network).__name__} of timm takes images of one size alone, not {size[0]} x {size[1]} px")
+        raise ValueError(
+            f"{type(network).__name__} of timm takes images of one size alone, not {size[0]} x {size[1]} px"
+        )
     network.set_input_size(img_size=size)
 
 

@@ -167,7 +167,9 @@ class Teacher:
             )
         except ValueError as error:
             raise TeacherMismatchError(f"teacher '{self.name}', key 'teacher_layers': {error}") from error
-        return outputs, [self._with_norm(m, layer) for m, layer in zip(maps, layers, strict=True)] if apply_norm else maps
+        return outputs, [
+            self._with_norm(m, layer) for m, layer in zip(maps, layers, strict=True)
+        ] if apply_norm else maps
 
     def _with_norm(self, feature_map: FeatureMap, layer: int) -> FeatureMap:
         normed = apply_final_norm(self.model, feature_map)
@@ -201,6 +203,11 @@ class Teacher:
                 f"teacher '{self.name}', key 'teacher_image_size': expected a model that takes {pixel_values.shape[1]} "
                 f"channels of {rows} x {columns} px and returns its blocks, found: {one_line(error)}"
             ) from error
+
+    def states(self, layers: Sequence[int]) -> list[int]:
+        """Which of the states that its library returns the outputs of these blocks are."""
+        blocks = layout_of(self.model).blocks
+        return [blocks[layer].index for layer in layers]
 
     def resolve_layers(self, pixel_values: Tensor, layers: Sequence[int]) -> tuple[int, ...]:
         """Blocks as numbers from 0; negative ones count from the last.
