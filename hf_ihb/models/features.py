@@ -6,7 +6,8 @@ final norm; negative ones count from the last. What a block is, is measured once
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -164,7 +165,23 @@ def apply_final_norm(model: nn.Module, feature_map: FeatureMap) -> FeatureMap | 
     if norm is None or norm.width != tokens.shape[-1]:
         return None
     module = model.get_submodule(norm.path)
-    if not norm.takes_map:
-        return feature_map._replace(tokens=module(tokens))
-    patches = module(feature_map.patch_tokens.mT.unflatten(-1, feature_map.grid).contiguous()).flatten(2).mT
+    with _statistics_kept(module):
+        if not norm.takes_map:
+            return feature_map._replace(tokens=module(tokens))
+        patches = module(feature_map.patch_tokens.mT.unflatten(-1, feature_map.grid).contiguous()).flatten(2).mT
     return feature_map._replace(tokens=patches, num_prefix_tokens=0)
+
+
+@contextmanager
+def _statistics_kept(norm: nn.Module) -> Iterator[None]:
+    """Inside, a batch norm in training leaves its running statistics alone: the model's own forward counts the batch."""
+    tracking = [
+        module for module in norm.modules() if module.training and getattr(module, "track_running_stats", False)
+    ]
+    for module in tracking:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True

@@ -88,6 +88,7 @@ def probe(model: PreTrainedModel, pixel_values: Tensor, **kwargs: Any) -> ModelL
         ValueError: If it returns no states, or they do not form grids.
     """
     image = pixel_values[:1].detach()
+    kwargs = {name: value[:1] if isinstance(value, Tensor) else value for name, value in kwargs.items()}
     with torch.no_grad(), _in_eval_mode(model), _unseen(model), _watched(model) as calls:
         outputs = model(pixel_values=image, output_hidden_states=True, **kwargs)
     states = states_of(outputs)
@@ -103,8 +104,30 @@ def probe(model: PreTrainedModel, pixel_values: Tensor, **kwargs: Any) -> ModelL
         raise ValueError(f"{type(model).__name__}: expected blocks among its {len(states)} states, found none")
     maps = [call.output.shape for call in calls if call.output.ndim == 4]
     blocks = _layouts(states, indices, maps, tuple(image.shape[-2:]))
+    if blocks[0].num_prefix_tokens:
+        _check_order(model, image, kwargs, outputs.hidden_states[: indices[0]])
     last = makers[indices[-1]] if timm_model is None else _timm_maker(timm_model, makers[indices[-1]], calls)
     return ModelLayout(blocks, _norm_after(last, blocks[-1].width, calls))
+
+
+def _check_order(model: nn.Module, image: Tensor, kwargs: dict[str, Any], stem: Sequence[Tensor]) -> None:
+    """Sees that the last patch is the last token before the blocks; where they mix at once, there is nothing to see.
+
+    Raises:
+        ValueError: If other tokens follow the patches.
+    """
+    if not stem:
+        return
+    other = image.clone()
+    other[..., -1, -1] += 1.0
+    with torch.no_grad(), _in_eval_mode(model), _unseen(model):
+        states = model(pixel_values=other, output_hidden_states=True, **kwargs).hidden_states
+    changed = (states[len(stem) - 1] != stem[-1]).flatten(2).any(-1)[0]
+    if changed.any() and not changed[-1]:
+        behind = len(changed) - 1 - int(changed.nonzero().max())
+        raise ValueError(
+            f"{type(model).__name__}: expected patches as its last tokens, found {behind} others after them"
+        )
 
 
 def states_of(outputs: Any) -> Sequence[Tensor]:
@@ -235,13 +258,18 @@ def _num_stem_states(network: nn.Module, count: int, makers: Sequence[int | None
     if len(info) != count:
         return 0
     stem = _stem_pattern(network)
+    later = [module for name in info[1:] if (module := _module(network, name)) is not None] or [network]
     for number in range(count - 1):
         one, two = (_module(network, name) for name in info[number : number + 2])
         alike = re.sub(r"\d+", "", info[number]) == re.sub(r"\d+", "", info[number + 1])
         if stem is None:
             return 0 if alike or len(set(info[1:])) == 1 else 1
         used = _used_until(makers[number], one, calls)
-        alike = alike if one is None or two is None else _kind(one) == _kind(two)
+        # an activation is like any other; its name tells more
+        told = one is not None and two is not None and (_depth(one) or _depth(two))
+        alike = _kind(one) == _kind(two) if told else alike
+        if number == 0 and one is not None and _depth(one) == 1 < max(map(_depth, later)):
+            continue
         if alike or not used or not all(stem.match(name) for name in used):
             return number
     return count - 1
@@ -269,6 +297,12 @@ def _stem_pattern(network: nn.Module) -> re.Pattern | None:
 
 def _module(network: nn.Module, name: str) -> nn.Module | None:
     return dict(network.named_modules()).get(name)
+
+
+def _depth(module: nn.Module) -> int:
+    """How deep the parts of a module that have weights are nested; 0 for one without such parts."""
+    weighted = (child for child in module.children() if next(child.parameters(), None) is not None)
+    return max((1 + _depth(child) for child in weighted), default=0)
 
 
 def _kind(module: nn.Module | None) -> Any:
