@@ -81,6 +81,7 @@ def is_right(row: dict[str, Any]) -> bool:
 
 
 def main() -> None:
+    """Runs what is asked for and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[""], help="families whose names hold one of these")
     parser.add_argument("--quick", action="store_true", help="without trainings")

@@ -1,4 +1,4 @@
-"""What is promised of a teacher, one check each: `benchmarks.matrix` makes a table of them, a test runs the quick ones."""
+"""What is promised of a teacher, one check each: `benchmarks.matrix` makes a table of them, a test runs them too."""
 
 import copy
 from collections.abc import Callable

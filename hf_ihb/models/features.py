@@ -133,9 +133,9 @@ def size_arguments(model: nn.Module, pixel_values: Tensor) -> dict[str, Any]:
         arguments["noise"] = order.expand(len(pixel_values), -1)
     size = getattr(config, "image_size", None)
     fixed = (size, size) if isinstance(size, int) else size
-    if fixed is not None and tuple(pixel_values.shape[-2:]) != tuple(fixed):
-        if "interpolate_pos_encoding" in parameters:
-            arguments["interpolate_pos_encoding"] = True
+    is_other = fixed is not None and tuple(pixel_values.shape[-2:]) != tuple(fixed)
+    if is_other and "interpolate_pos_encoding" in parameters:
+        arguments["interpolate_pos_encoding"] = True
     return arguments
 
 

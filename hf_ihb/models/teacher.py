@@ -280,7 +280,7 @@ def _of_channels(pixels: PixelFormat, channels: int | None, name: str) -> PixelF
         TeacherMismatchError: If the model takes other images than grey ones and those in colour.
     """
     values = list(zip(pixels.mean, pixels.std, strict=True))
-    if channels is None or channels == len(values) and channels in (1, 3):
+    if channels is None or (channels == len(values) and channels in (1, 3)):
         return pixels
     if channels not in (1, 3) or len(set(values)) > 1:
         raise TeacherMismatchError(

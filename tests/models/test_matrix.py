@@ -67,7 +67,7 @@ def test_a_repo_of_two_towers_is_no_classifier(tmp_path):
 def test_a_norm_below_the_last_stage_is_refused_with_the_widths(tmp_path):
     teacher = Case(FAMILIES["transformers/swin"], tmp_path).teacher
     pixels = torch.zeros(1, 3, 32, 32)
-    with pytest.raises(TeacherMismatchError, match="key 'teacher_norm': .* of width 32 alone, where block 0 has 16"):
+    with pytest.raises(TeacherMismatchError, match=r"key 'teacher_norm': .* of width 32 alone, where block 0 has 16"):
         teacher.features(pixels, [0], apply_norm=True)
     below = teacher.features(pixels, [0])[0]
     assert teacher.normed(below) is below
@@ -75,7 +75,7 @@ def test_a_norm_below_the_last_stage_is_refused_with_the_widths(tmp_path):
 
 def test_channels_other_than_one_or_three_are_refused_and_one_mean_stands_for_all(tmp_path):
     four = TRANSFORMERS["vit"]._replace(options=TRANSFORMERS["vit"].options | {"num_channels": 4})
-    with pytest.raises(TeacherMismatchError, match="expected a model of 1 or 3 channels .* found 4 channels"):
+    with pytest.raises(TeacherMismatchError, match=r"expected a model of 1 or 3 channels .* found 4 channels"):
         Case(four, tmp_path / "four")
     grey = TRANSFORMERS["vit"]._replace(options=TRANSFORMERS["vit"].options | {"num_channels": 1})
     for channels, family in ((1, grey), (3, TRANSFORMERS["vit"])):
@@ -131,7 +131,7 @@ def test_a_timm_student_that_cannot_be_made_is_refused_with_its_key():
     with pytest.raises(RecipeError, match="key 'drop_path_rate': expected 0 for densenet121, which has none"):
         build_student(ModelArguments(architecture="densenet121", drop_path_rate=0.1), ["a", "b"], (32, 32), MEAN, STD)
     with pytest.raises(
-        RecipeError, match="keys 'architecture' and 'image_size': .* takes 8 x 8 px, found inception_v3"
+        RecipeError, match=r"keys 'architecture' and 'image_size': .* takes 8 x 8 px, found inception_v3"
     ):
         build_student(ModelArguments(architecture="inception_v3"), ["a", "b"], (8, 8), MEAN, STD)
 
@@ -146,7 +146,7 @@ def test_a_model_of_torchvision_and_one_of_timm_are_teachers():
     for network, names in ((torchvision.models.resnet18(), blocks), (timm.create_model("test_resnet"), None)):
         seen = []
         for path in blocks:
-            network.get_submodule(path).register_forward_hook(lambda m, a, output: seen.append(output))
+            network.get_submodule(path).register_forward_hook(lambda m, a, output, seen=seen: seen.append(output))
         teacher = teacher_from_module(
             network, mean=MEAN, std=STD, size=(64, 64), blocks=names, label_names=[str(i) for i in range(1000)]
         )
