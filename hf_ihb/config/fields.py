@@ -69,6 +69,7 @@ def key(
     within: Range | None = None,
     unit: str | None = None,
     published: dict[Any, str] | None = None,
+    words: dict[str, int] | None = None,
 ) -> Any:
     """A dataclass field of a recipe.
 
@@ -78,6 +79,7 @@ def key(
         within: Range that is checked.
         unit: Unit, for ``--help``.
         published: Values that repeat a flaw of the published study, each with what is wrong; a run says so once.
+        words: What may be written in the place of a number, and the number it stands for.
     """
     notes = "; ".join(str(note) for note in (unit, within) if note)
     metadata: dict[str, Any] = {"key": True, "help": f"{help} ({notes})" if notes else help}
@@ -85,6 +87,8 @@ def key(
         metadata["range"] = within
     if published is not None:
         metadata["published"] = published
+    if words is not None:
+        metadata["words"] = words
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -137,7 +141,7 @@ class Checked:
         for f in fields(self):
             value = getattr(self, f.name)
             if is_key(f):
-                setattr(self, f.name, value := plain(value))
+                setattr(self, f.name, value := spelled_out(f, plain(value)))
                 if not matches(value, hints[f.name]):
                     expected = expected_value(type(self), f.name)
                     raise ValueError(f"key '{f.name}': expected {expected}, found {shown(value)}")
@@ -185,6 +189,14 @@ class Remade(Checked):
         for name, value in other._values().items():
             setattr(self, name, value)
         self._given, self._derived = other._given, other._derived
+
+
+def spelled_out(dataclass_field: Any, value: Any) -> Any:
+    """A value, or each item of a list, as the number that its word stands for."""
+    words = dataclass_field.metadata.get("words", {})
+    if isinstance(value, list):
+        return [spelled_out(dataclass_field, item) for item in value]
+    return words.get(value, value) if isinstance(value, str) else value
 
 
 def is_key(dataclass_field: Any) -> bool:

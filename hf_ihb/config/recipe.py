@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
-from hf_ihb.config.fields import expected_value, matches, out_of_range, shown, type_hints
+from hf_ihb.config.fields import expected_value, matches, out_of_range, shown, spelled_out, type_hints
 from hf_ihb.config.names import REVISIONS
 from hf_ihb.config.secrets import holds_secret, is_token_key, masked_key, refuse_secrets
 from hf_ihb.errors import RecipeError
@@ -44,9 +44,16 @@ class _RecipeParser(HfArgumentParser):
     def _parse_dataclass_field(parser: ArgumentParser, field: Field) -> None:
         plain = copy.copy(field)
         plain.metadata = {
-            name: value for name, value in field.metadata.items() if name not in ("key", "range", "published")
+            name: value for name, value in field.metadata.items() if name not in ("key", "range", "published", "words")
         }
         HfArgumentParser._parse_dataclass_field(parser, plain)
+        if words := field.metadata.get("words"):
+
+            def integer(text: str) -> int:
+                return words[text] if text in words else int(text)
+
+            integer.__name__ = "int"  # what an error calls it
+            parser._option_string_actions[f"--{field.name}"].type = integer
 
 
 def parse_recipe(argv: Sequence[str], *dataclasses: type, description: str | None = None) -> tuple[Any, ...]:
@@ -148,6 +155,8 @@ def _parse(
 ) -> tuple[Any, ...]:
     """Keys of a recipe, then of the command line, into dataclasses."""
     owners = {f.name: dataclass for dataclass in dataclasses for f in fields(dataclass) if f.init}
+    kinds = {f.name: f for dataclass in dataclasses for f in fields(dataclass)}
+    values = {name: spelled_out(kinds[name], value) if name in kinds else value for name, value in values.items()}
     for name, value in values.items():
         _check_key(f"{path}: key '{name}'", name, value, owners)
 

@@ -7,10 +7,12 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from hf_ihb.config.fields import NON_NEGATIVE, Checked, Range, is_key, key
+from hf_ihb.config.fields import Checked, Range, is_key, key
 from hf_ihb.functional.gram import TokenGram
 from hf_ihb.methods.schedules import warmup_factor
 from hf_ihb.step import Needs, Step, StudentOutput
+
+_BLOCKS = "0-based block index; -1 or 'last' is the last block"
 
 
 @dataclass
@@ -29,13 +31,13 @@ class SharedKeys(Checked):
         "'both': both teach both.",
     )
     student_layers: list[int] = key(
-        [5, 8, 11], "Student blocks whose outputs are compared.", within=NON_NEGATIVE, unit="0-based block index"
+        [5, 8, 11], "Student blocks whose outputs are compared.", unit=_BLOCKS, words={"last": -1}
     )
     teacher_layers: list[int] | None = key(
         None,
         "Teacher blocks (CNN: stages), one for each student block; student_layers if not given.",
-        within=NON_NEGATIVE,
-        unit="0-based block index",
+        unit=_BLOCKS,
+        words={"last": -1},
     )
     center_positions: bool = key(
         True,

@@ -25,7 +25,8 @@ from hf_ihb.functional.attention import (
     attention_statistics,
     uniform_attention_distance,
 )
-from hf_ihb.models.features import vision_config
+from hf_ihb.models.features import layout_of, size_arguments, vision_config
+from hf_ihb.models.files import UNREADABLE
 
 # Parameters that ViTs of transformers and timm put before the patches; where there is a cls token, it comes first.
 _CLS_TOKENS = ("cls_token", "class_token", "class_embedding")
@@ -91,7 +92,20 @@ def attention_geometry(model: PreTrainedModel, pixel_values: Tensor) -> Attentio
         if name in _PREFIX_TOKENS:
             prefix += parameter.shape[-2] if parameter.ndim > 1 else 1
             has_cls |= name in _CLS_TOKENS
+    if timm_model is None and (measured := _measured_prefix(model, pixel_values)) is not None:
+        # AIMv2's head has a cls token of its own, which no block sees
+        prefix, has_cls = measured, has_cls and measured > 0
     return AttentionGeometry((pixel_values.shape[-2] // side, pixel_values.shape[-1] // side), prefix, side, has_cls)
+
+
+def _measured_prefix(model: PreTrainedModel, pixel_values: Tensor) -> int | None:
+    """Tokens before the patches in every block; None where that cannot be seen, or differs."""
+    try:
+        blocks = layout_of(model, pixel_values, **size_arguments(model, pixel_values)).blocks
+    except UNREADABLE:
+        return None
+    found = {block.num_prefix_tokens if block.kind == "tokens" else None for block in blocks}
+    return found.pop() if len(found) == 1 else None
 
 
 def has_attention(model: PreTrainedModel, pixel_values: Tensor) -> bool:

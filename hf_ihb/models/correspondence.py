@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from hf_ihb.errors import RecipeError
 from hf_ihb.functional.tokens import pool_tokens
 from hf_ihb.methods.base import SharedKeys, Widths
-from hf_ihb.models.features import FeatureMap, extract_features, first_block
+from hf_ihb.models.features import FeatureMap, extract_features, layout_of, resolve_layers, size_arguments
+from hf_ihb.models.files import UNREADABLE, one_line
 from hf_ihb.models.teacher import Teacher
 
 Grid = tuple[int, int]
@@ -78,18 +79,10 @@ def correspond(
         RecipeError: If a layer of the student does not exist, or one of the teacher has a single token.
         TeacherMismatchError: If a layer of the teacher does not exist.
     """
-    teacher_layers = tuple(keys.teacher_layers or keys.student_layers)
-    training, _ = student.training, student.eval()
-    last, final_maps = None, []
-    try:
-        outputs, students = extract_features(student, pixel_values, keys.student_layers)
-        if final:
-            last = len(outputs.hidden_states) - first_block(student, len(outputs.hidden_states)) - 1
-            final_maps = extract_features(student, pixel_values, [last])[1]
-    except ValueError as error:
-        raise RecipeError(f"key 'student_layers': {error}") from error
-    finally:
-        student.train(training)
+    teacher_layers = teacher.resolve_layers(
+        teacher_pixels.to(teacher.model.device), keys.teacher_layers or keys.student_layers
+    )
+    student_layers, students, final_maps = _of_student(student, pixel_values, keys.student_layers, final)
     teachers = teacher.features(teacher_pixels.to(teacher.model.device), teacher_layers, keys.teacher_norm)
     for layer, feature_map in zip(teacher_layers, teachers, strict=True):
         if feature_map.grid == (1, 1) and several_tokens:
@@ -100,11 +93,28 @@ def correspond(
     of_student, of_teacher = ([m.tokens.shape[-1] for m in maps] for maps in (students, teachers))
     final_widths = (final_maps[0].tokens.shape[-1], deepest[0].tokens.shape[-1]) if final else None
     return Correspondence(
-        student_layers=tuple(keys.student_layers),
+        student_layers=student_layers,
         teacher_layers=teacher_layers,
         widths=Widths(tuple(of_student), tuple(of_teacher), final_widths),
         grids=grids,
         teacher_grids=tuple(grid for _, grid in pooled),
         teacher_shapes=tuple(tuple(tokens.shape[1:]) for tokens, _ in pooled),
-        final_layer=last,
+        final_layer=layout_of(student).depth - 1 if final else None,
     )
+
+
+def _of_student(
+    student: PreTrainedModel, pixel_values: Tensor, layers: Sequence[int], final: bool
+) -> tuple[tuple[int, ...], list[FeatureMap], list[FeatureMap]]:
+    """Its layers from 0, their maps, and that of the last one where final tokens are compared."""
+    training, _ = student.training, student.eval()
+    try:
+        depth = layout_of(student, pixel_values, **size_arguments(student, pixel_values)).depth
+        numbers = tuple(resolve_layers(layers, depth, type(student).__name__))
+        asked = [*numbers, depth - 1] if final else numbers
+        maps = extract_features(student, pixel_values, asked)[1]
+    except UNREADABLE as error:
+        raise RecipeError(f"key 'student_layers': {one_line(error)}") from error
+    finally:
+        student.train(training)
+    return numbers, maps[: len(numbers)], maps[len(numbers) :]

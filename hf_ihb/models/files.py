@@ -38,6 +38,11 @@ UNREADABLE = (
 )
 
 
+def one_line(error: BaseException, most: int = 300) -> str:
+    """What an error of a library says, on one line."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 class ModelFiles(NamedTuple):
     """Where the files of a model are.
 

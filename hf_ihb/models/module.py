@@ -14,7 +14,8 @@ from transformers.utils import ModelOutput, logging
 from hf_ihb.checkpoint import student_state
 from hf_ihb.errors import ModelLoadError
 from hf_ihb.models.attention import AttentionGeometry, attention_geometry, attention_seen
-from hf_ihb.models.features import FeatureMap, extract_features, final_norm
+from hf_ihb.models.features import FeatureMap, apply_final_norm, extract_features
+from hf_ihb.models.images import take_images
 from hf_ihb.step import StudentOutput, TeacherOutputs
 
 logger = logging.get_logger(__name__)
@@ -118,7 +119,7 @@ class StudentModule(PreTrainedModel):
         if getattr(student, "_hf_peft_config_loaded", False):
             _refuse_adapters(student)
         super().__init__(student.config)
-        self.student = student
+        self.student = take_images(student)
         self.layers, self.final_layer, self.attention = tuple(layers), final_layer, attention
         self.heads = nn.ModuleDict(dict(heads or {}))
         self.distillation_head = distillation_head
@@ -232,8 +233,7 @@ class StudentModule(PreTrainedModel):
         return attention_seen(self.student, self._geometries[size], lambda _, attention: attentions.append(attention))
 
     def _final_tokens(self, feature_map: FeatureMap) -> Tensor:
-        norm = final_norm(self.student)
-        return feature_map.tokens if norm is None else norm(feature_map.tokens)
+        return (apply_final_norm(self.student, feature_map) or feature_map).tokens
 
     def _class_scores(
         self, outputs: ModelOutput, final: Tensor | None

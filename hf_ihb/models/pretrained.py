@@ -18,13 +18,14 @@ from transformers import (
     AutoModelForImageClassification,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING, MODEL_MAPPING
 
 import hf_ihb.models.timm_cifar  # noqa: F401  registers resnet18_cifar
 from hf_ihb.access import fetch_file, resolve_commit
 from hf_ihb.config.data import DataArguments
 from hf_ihb.errors import DataError, ModelLoadError, TeacherMismatchError
 from hf_ihb.models.files import UNREADABLE, model_files
+from hf_ihb.models.images import take_images
 from hf_ihb.models.processing import PixelFormat, pixel_format
 from hf_ihb.models.student import absent_weights, init_tokens
 from hf_ihb.runs.files import read_json
@@ -91,11 +92,13 @@ def load_pretrained(
     files = model_files(name, revision, role=role, weights=untrained_seed is None)
     try:
         config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
-        auto = _auto_class(config, needs_logits)
+        auto = _auto_class(config, needs_logits, f"{role} '{name}'")
         if untrained_seed is not None:
             model = from_config(auto, config, untrained_seed)
         else:
             model = _trained(auto, config, files.folder, f"{role} '{name}'")
+        # of two towers, the one that sees
+        model = take_images(model if auto is AutoModelForImageClassification else getattr(model, "vision_model", model))
         processor = AutoImageProcessor.from_pretrained(files.folder, trust_remote_code=False)
     except UNREADABLE as error:
         raise ModelLoadError(f"{role} '{name}' could not be loaded: {' '.join(str(error).split())[:300]}") from error
@@ -107,12 +110,20 @@ def load_pretrained(
     return Pretrained(model.eval(), pixels, name, files.revision)
 
 
-def _auto_class(config: Any, needs_logits: bool | None) -> Any:
-    if needs_logits is None:
-        saved = getattr(config, "architectures", None) or []
-        needs_logits = any("ForImageClassification" in name for name in saved) or config.model_type == "timm_wrapper"
-    if needs_logits:
+def _auto_class(config: Any, needs_logits: bool | None, who: str) -> Any:
+    saved = getattr(config, "architectures", None) or []
+    is_classifier = any("ForImageClassification" in name for name in saved) or config.model_type == "timm_wrapper"
+    has_two_towers = hasattr(config, "vision_config") and hasattr(config, "text_config")
+    if needs_logits and has_two_towers and not is_classifier:
+        raise ModelLoadError(f"{who}: expected a classifier, found {' '.join(saved)}, which has none for images")
+    if is_classifier if needs_logits is None or has_two_towers else needs_logits:
         return AutoModelForImageClassification
+    is_backbone = any(name.endswith("Backbone") for name in saved)
+    known = type(config) in MODEL_FOR_BACKBONE_MAPPING
+    return MODEL_FOR_BACKBONE_MAPPING[type(config)] if known and is_backbone else _headless(config)
+
+
+def _headless(config: Any) -> Any:
     return AutoModel if type(config) in MODEL_MAPPING else AutoBackbone
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 import timm
 import torch
@@ -35,7 +35,8 @@ from hf_ihb.errors import ModelLoadError, RecipeError
 from hf_ihb.models.adaptive_cnn import AdaptiveCNNConfig, AdaptiveCNNForImageClassification
 from hf_ihb.models.classes import check_classes, set_classes
 from hf_ihb.models.deit import FlexibleDeiTConfig, FlexibleDeiTForImageClassification
-from hf_ihb.models.files import UNREADABLE, model_files
+from hf_ihb.models.files import UNREADABLE, model_files, one_line
+from hf_ihb.models.images import take_images
 from hf_ihb.models.inputs import input_size, processor_beside, takes
 from hf_ihb.models.processing import pixel_format, student_processor, whole_image_processor
 
@@ -292,8 +293,7 @@ def _small_stem(args: ModelArguments, size: tuple[int, int], num_stages: int) ->
 def _timm(
     args: ModelArguments, architecture: str, labels: dict, size: tuple[int, int], mean: list[float], std: list[float]
 ) -> tuple[PreTrainedModel, Any]:
-    model_args = {"drop_path_rate": args.drop_path_rate} if args.drop_path_rate > 0 else {}
-    source = timm.create_model(architecture, pretrained=False, num_classes=len(labels["id2label"]), **model_args)
+    model_args, source = _timm_network(args, architecture, len(labels["id2label"]), size)
     config = TimmWrapperConfig(
         architecture=architecture,
         model_args=model_args,
@@ -311,6 +311,42 @@ def _timm(
     model = TimmWrapperForImageClassification(config)
     model.timm_model.load_state_dict(source.state_dict())  # the wrapper initialises convolutions like a transformer's
     return model, TimmWrapperImageProcessor(config.pretrained_cfg, architecture)
+
+
+def _timm_network(
+    args: ModelArguments, architecture: str, num_classes: int, size: tuple[int, int]
+) -> tuple[dict[str, Any], nn.Module]:
+    """A network of timm for images of a size, and the arguments that it takes for that."""
+    rate = {"drop_path_rate": args.drop_path_rate} if args.drop_path_rate > 0 else {}
+    troubles: list[str] = []
+    state = torch.get_rng_state()
+    for options in (rate, rate | {"img_size": list(size)}):
+        torch.set_rng_state(state)
+        try:
+            network = timm.create_model(architecture, pretrained=False, num_classes=num_classes, **options)
+            _check_drop_path(network, args.drop_path_rate, architecture)
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                network.eval()(torch.zeros(1, 3, *size))
+            return options, network.train()
+        except UNREADABLE as error:
+            troubles.append(one_line(error))
+    if rate and "drop_path_rate" in troubles[0]:
+        _refuse_drop_path(args.drop_path_rate, architecture)
+    raise RecipeError(
+        f"keys 'architecture' and 'image_size': expected a network that takes {size[0]} x {size[1]} px, found "
+        f"{architecture}: {troubles[0]}"
+    )
+
+
+def _check_drop_path(network: nn.Module, rate: float, architecture: str) -> None:
+    """Sees that a rate that is asked for is one that something in the network drops at."""
+    rates = [getattr(m, "drop_prob", None) or getattr(m, "drop_path_rate", None) or 0 for m in network.modules()]
+    if rate > 0 and not any(rates):
+        _refuse_drop_path(rate, architecture)
+
+
+def _refuse_drop_path(rate: float, architecture: str) -> NoReturn:
+    raise RecipeError(f"key 'drop_path_rate': expected 0 for {architecture}, which has none, found {rate}")
 
 
 def _from_weights(args: ModelArguments, labels: dict, image_size: tuple[int, int]) -> tuple[PreTrainedModel, Any]:
@@ -360,7 +396,7 @@ def _with_own_shape(
         dtype=torch.float32,
         trust_remote_code=False,
     )
-    apply_drop_path(model, args.drop_path_rate)
+    apply_drop_path(take_images(model), args.drop_path_rate)
     return model, [name for name in absent_weights(info) if not _is_head(name)]
 
 

@@ -10,8 +10,19 @@ from transformers.utils import ModelOutput
 
 from hf_ihb.config.model import TeacherArguments
 from hf_ihb.errors import NumericsError, TeacherMismatchError
-from hf_ihb.models.features import FeatureMap, extract_features, final_norm, size_arguments
+from hf_ihb.models.features import (
+    FeatureMap,
+    apply_final_norm,
+    extract_features,
+    in_channels,
+    layout_of,
+    resolve_layers,
+    sample_pixels,
+    size_arguments,
+)
+from hf_ihb.models.files import UNREADABLE, one_line
 from hf_ihb.models.geometry import Geometry
+from hf_ihb.models.images import fit_size, take_images
 from hf_ihb.models.pretrained import label_permutation, load_pretrained
 from hf_ihb.models.processing import PixelFormat
 
@@ -42,7 +53,7 @@ class Teacher:
         control: str = "none",
         revision: str | None = None,
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model = take_images(model).eval().requires_grad_(False)
         self.pixels = pixels
         self.control = control
         self.name = getattr(model.config, "name_or_path", "") or type(model).__name__
@@ -53,6 +64,21 @@ class Teacher:
         self.permutation: Tensor | None = None
         if label_names is not None:
             self.align_labels(label_names, assume_same_order)
+        if pixels is not None and pixels.size is not None:
+            sample = sample_pixels(model, pixels.size, len(pixels.mean))
+            self.look(sample)
+            if label_names is not None:
+                self._check_scores(sample, len(label_names))
+
+    def _check_scores(self, pixel_values: Tensor, count: int) -> None:
+        with torch.no_grad():
+            outputs = self.model(pixel_values=pixel_values, **size_arguments(self.model, pixel_values))
+        scores = getattr(outputs, "logits", None)
+        if scores is None or tuple(scores.shape) != (1, count):
+            found = "none" if scores is None else f"scores of shape {tuple(scores.shape)}"
+            raise TeacherMismatchError(
+                f"teacher '{self.name}', key 'teacher_model': expected {count} class scores of an image, found {found}"
+            )
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Teacher":
         """Moves the model, and lays out its convolutions' weights as they run fastest; returns itself.
@@ -134,27 +160,66 @@ class Teacher:
         self, pixel_values: Tensor, layers: Sequence[int], apply_norm: bool
     ) -> tuple[ModelOutput, list[FeatureMap]]:
         pixel_values = self._pixels_as_weights(pixel_values)
+        self.look(pixel_values)
         try:
             outputs, maps = extract_features(
                 self.model, pixel_values, layers, **size_arguments(self.model, pixel_values)
             )
         except ValueError as error:
             raise TeacherMismatchError(f"teacher '{self.name}', key 'teacher_layers': {error}") from error
-        if not apply_norm:
-            return outputs, maps
-        norm = final_norm(self.model)
-        if norm is None:
-            raise TeacherMismatchError(f"teacher '{self.name}', key 'teacher_norm': expected a final norm, found none")
-        return outputs, [m._replace(tokens=norm(m.tokens)) for m in maps]
+        return outputs, [
+            self._with_norm(m, layer) for m, layer in zip(maps, layers, strict=True)
+        ] if apply_norm else maps
+
+    def _with_norm(self, feature_map: FeatureMap, layer: int) -> FeatureMap:
+        normed = apply_final_norm(self.model, feature_map)
+        if normed is None:
+            norm = layout_of(self.model).norm
+            found = "found none"
+            if norm is not None:
+                width = feature_map.tokens.shape[-1]
+                found = f"found one of width {norm.width} alone, where block {layer} has {width}: name the last block"
+            raise TeacherMismatchError(f"teacher '{self.name}', key 'teacher_norm': expected a final norm, {found}")
+        return normed
 
     @torch.no_grad()
     def normed(self, feature_map: FeatureMap) -> FeatureMap:
-        """A block's output after the model's final norm; as it is where the model has none."""
-        norm = final_norm(self.model)
-        if norm is None:
-            return feature_map
+        """A block's output after the model's final norm; as it is where the model has none of its width."""
         tokens = feature_map.tokens
-        return feature_map._replace(tokens=norm(tokens.to(self.model.dtype)).to(tokens.dtype))
+        normed = apply_final_norm(self.model, feature_map._replace(tokens=tokens.to(self.model.dtype)))
+        return feature_map if normed is None else normed._replace(tokens=normed.tokens.to(tokens.dtype))
+
+    def look(self, pixel_values: Tensor) -> None:
+        """Sees that the model takes such images, and what its blocks are; the first time it is asked.
+
+        Raises:
+            TeacherMismatchError: If its forward fails.
+        """
+        try:
+            layout_of(self.model, pixel_values, **size_arguments(self.model, pixel_values))
+        except UNREADABLE as error:
+            rows, columns = pixel_values.shape[-2:]
+            raise TeacherMismatchError(
+                f"teacher '{self.name}', key 'teacher_image_size': expected a model that takes {pixel_values.shape[1]} "
+                f"channels of {rows} x {columns} px and returns its blocks, found: {one_line(error)}"
+            ) from error
+
+    def states(self, layers: Sequence[int]) -> list[int]:
+        """Which of the states that its library returns the outputs of these blocks are."""
+        blocks = layout_of(self.model).blocks
+        return [blocks[layer].index for layer in layers]
+
+    def resolve_layers(self, pixel_values: Tensor, layers: Sequence[int]) -> tuple[int, ...]:
+        """Blocks as numbers from 0; negative ones count from the last.
+
+        Raises:
+            TeacherMismatchError: If one does not exist.
+        """
+        self.look(self._pixels_as_weights(pixel_values))
+        try:
+            return tuple(resolve_layers(layers, layout_of(self.model).depth, type(self.model).__name__))
+        except ValueError as error:
+            raise TeacherMismatchError(f"teacher '{self.name}', key 'teacher_layers': {error}") from error
 
 
 def load_teacher(
@@ -189,7 +254,7 @@ def load_teacher(
         role="teacher",
         untrained_seed=(torch.initial_seed() if seed is None else seed) if untrained else None,
     )
-    model, pixels = loaded.model, loaded.pixels
+    model, pixels = loaded.model, _of_channels(loaded.pixels, in_channels(loaded.model), args.teacher_model)
     if args.teacher_image_size is not None:
         pixels = pixels.whole((args.teacher_image_size,) * 2)
     if args.teacher_normalization == "dataset":
@@ -198,7 +263,29 @@ def load_teacher(
         # one channel of a greyscale set stands for all of the teacher's
         mean, std = (tuple(v) * (len(pixels.mean) // len(v)) for v in dataset_statistics)
         pixels = replace(pixels, mean=mean, std=std)
+    try:
+        fit_size(model, pixels.size)
+    except ValueError as error:
+        raise TeacherMismatchError(f"teacher '{args.teacher_model}', key 'teacher_image_size': {error}") from error
     names = label_names if needs_logits else None
     return Teacher(
         model, pixels, names, args.teacher_assume_same_label_order, args.teacher_control, revision=loaded.revision
     )
+
+
+def _of_channels(pixels: PixelFormat, channels: int | None, name: str) -> PixelFormat:
+    """Pixels with a mean for each channel that a model takes, where one stands for all.
+
+    Raises:
+        TeacherMismatchError: If the model takes other images than grey ones and those in colour.
+    """
+    values = list(zip(pixels.mean, pixels.std, strict=True))
+    if channels is None or (channels == len(values) and channels in (1, 3)):
+        return pixels
+    if channels not in (1, 3) or len(set(values)) > 1:
+        raise TeacherMismatchError(
+            f"teacher '{name}': expected a model of 1 or 3 channels whose image processor has a mean for each, found "
+            f"{channels} channels and {len(values)} means"
+        )
+    mean, std = values[0]
+    return replace(pixels, mean=(mean,) * channels, std=(std,) * channels)

@@ -357,6 +357,7 @@ class TeacherSide:
             | code
             | {
                 "layers": list(self.layers.teacher_layers),
+                "states": list(trainer.teacher.states(self.layers.teacher_layers)),
                 "norm": args.teacher_norm,
                 "losses": {"relation": self.layers.has_final},  # the final tokens are part of a row
                 "grids": list(self.layers.teacher_grids),

@@ -131,8 +131,18 @@ def test_a_layer_that_does_not_exist_is_refused_with_those_that_do(case, offset)
     layer = len(grids) + offset
     with pytest.raises(ValueError, match=f"{type(model).__name__} has blocks 0 to {len(grids) - 1}, not {layer}"):
         extract_features(model, pixels, [0, layer])
-    with pytest.raises(ValueError, match="not -1"):
-        extract_features(model, pixels, [-1])
+    with pytest.raises(ValueError, match=f"not {-layer - 1}"):
+        extract_features(model, pixels, [-layer - 1])
+
+
+@torch.no_grad()
+def test_negative_layers_count_from_the_last(case):
+    model, _, grids, _, pixels = case
+    depth = len(grids)
+    _, found = extract_features(model, pixels, [-1, -depth])
+    _, expected = extract_features(model, pixels, [depth - 1, 0])
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.tokens, other.tokens)
 
 
 @torch.no_grad()

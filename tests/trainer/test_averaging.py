@@ -254,12 +254,13 @@ def test_the_best_of_the_averages_is_loaded_at_the_end(settings, wrecked, best, 
 def test_an_average_cannot_begin_or_change_when_a_run_is_resumed(make_trainer, tmp_path):
     make_trainer(max_steps=2, **SAVE).train()
     checkpoint = str(tmp_path / "run" / "checkpoint-2")
+    changed = {"allow_changed": ["ema_decay", "swa_start", "swa_learning_rate", "max_steps", "num_train_epochs"]}
     with pytest.raises(CheckpointError, match="expected an average by ema, found one by nothing"):
-        make_trainer(**EMA).train(resume_from_checkpoint=checkpoint)
+        make_trainer(**EMA, **changed).train(resume_from_checkpoint=checkpoint)
     make_trainer(**{**EMA, "max_steps": 2}, **SAVE, output_dir=str(tmp_path / "ema")).train()
     for settings, expected in ((SWA, "swa"), ({}, "nothing")):
         with pytest.raises(CheckpointError, match=f"expected an average by {expected}, found one by ema"):
-            make_trainer(**settings).train(resume_from_checkpoint=str(tmp_path / "ema" / "checkpoint-2"))
+            make_trainer(**settings, **changed).train(resume_from_checkpoint=str(tmp_path / "ema" / "checkpoint-2"))
 
 
 # ---- What it cannot do ----

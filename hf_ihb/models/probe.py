@@ -1,0 +1,403 @@
+"""What a model does with one image: which of its states are blocks, how they lie, and the norm after the last one.
+
+Nothing is read off a config. One forward is watched, module by module; what the library returns as states is traced to
+the modules that made it, and shapes are measured.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+_MOST_PREFIX_TOKENS = 64
+
+
+class StateLayout(NamedTuple):
+    """How the state of one block lies in memory.
+
+    Attributes:
+        index: Among the states that the library returns.
+        kind: ``map`` (B, C, H, W), ``map_last`` (B, H, W, C), ``tokens`` (B, T, C).
+        num_prefix_tokens: Tokens before the patches.
+        stride: Height and width of the images over those of the grid.
+        width: Channels.
+    """
+
+    index: int
+    kind: str
+    num_prefix_tokens: int
+    stride: tuple[float, float]
+    width: int
+
+
+class Norm(NamedTuple):
+    """The norm after the last block.
+
+    Attributes:
+        path: Of the module.
+        takes_map: Whether it takes channels in dimension 1 of a map, instead of in the last one of tokens.
+        width: Channels.
+    """
+
+    path: str
+    takes_map: bool
+    width: int
+
+
+class ModelLayout(NamedTuple):
+    """What `probe` sees.
+
+    Attributes:
+        blocks: One for each block, in order.
+        norm: None where there is none.
+    """
+
+    blocks: tuple[StateLayout, ...]
+    norm: Norm | None
+
+    @property
+    def depth(self) -> int:
+        """How many blocks there are."""
+        return len(self.blocks)
+
+
+class Call(NamedTuple):
+    """One module's turn."""
+
+    path: str
+    module: nn.Module
+    output: Tensor
+    inputs: Sequence[Tensor]
+
+
+def probe(model: PreTrainedModel, pixel_values: Tensor, **kwargs: Any) -> ModelLayout:
+    """Watches a model at work on one image, in eval mode and without gradients; it is left as it was.
+
+    Args:
+        model: Any whose forward returns states.
+        pixel_values: ``(B, C, H, W)``, normalised; the first image is taken.
+        **kwargs: Passed on to the model.
+
+    Raises:
+        ValueError: If it returns no states, or they do not form grids.
+    """
+    image = pixel_values[:1].detach()
+    kwargs = {name: value[:1] if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+    with torch.no_grad(), _in_eval_mode(model), _unseen(model), _watched(model) as calls:
+        outputs = model(pixel_values=image, output_hidden_states=True, **kwargs)
+    states = states_of(outputs)
+    makers = _makers(states, calls)
+    timm_model = getattr(model, "timm_model", None)
+    if getattr(model, "block_names", None) is not None:
+        indices = list(range(len(states)))
+    elif timm_model is not None:
+        indices = list(range(_num_stem_states(timm_model, len(states), makers, calls), len(states)))
+    else:
+        indices = _trunk(model, states, makers, calls)
+    if not indices:
+        raise ValueError(f"{type(model).__name__}: expected blocks among its {len(states)} states, found none")
+    maps = [call.output.shape for call in calls if call.output.ndim == 4]
+    blocks = _layouts(states, indices, maps, tuple(image.shape[-2:]))
+    if blocks[0].num_prefix_tokens:
+        _check_order(model, image, kwargs, outputs.hidden_states[: indices[0]])
+    last = makers[indices[-1]] if timm_model is None else _timm_maker(timm_model, makers[indices[-1]], calls)
+    return ModelLayout(blocks, _norm_after(last, blocks[-1].width, calls))
+
+
+def _check_order(model: nn.Module, image: Tensor, kwargs: dict[str, Any], stem: Sequence[Tensor]) -> None:
+    """Sees that the last patch is the last token before the blocks; where they mix at once, there is nothing to see.
+
+    Raises:
+        ValueError: If other tokens follow the patches.
+    """
+    if not stem:
+        return
+    other = image.clone()
+    other[..., -1, -1] += 1.0
+    with torch.no_grad(), _in_eval_mode(model), _unseen(model):
+        states = model(pixel_values=other, output_hidden_states=True, **kwargs).hidden_states
+    changed = (states[len(stem) - 1] != stem[-1]).flatten(2).any(-1)[0]
+    if changed.any() and not changed[-1]:
+        behind = len(changed) - 1 - int(changed.nonzero().max())
+        raise ValueError(
+            f"{type(model).__name__}: expected patches as its last tokens, found {behind} others after them"
+        )
+
+
+def states_of(outputs: Any) -> Sequence[Tensor]:
+    """States as the library returns them, as maps where it has both.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    # Swin and its kin keep tokens in `hidden_states`, Hiera in an order of its own, and maps here
+    states = getattr(outputs, "reshaped_hidden_states", None) or getattr(outputs, "hidden_states", None)
+    if not states:
+        raise ValueError(f"expected states of its blocks, found none in its {type(outputs).__name__}")
+    return states
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Any:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _unseen(model: nn.Module) -> Any:
+    """Leaves out the hooks of those who watch the model for purposes of their own; the libraries' stay."""
+    before = [(module, module._forward_hooks.copy()) for module in model.modules() if module._forward_hooks]
+    for module, hooks in before:
+        for key, hook in hooks.items():
+            if not (getattr(hook, "__module__", None) or "").startswith(("transformers.", "hf_ihb.", "accelerate.")):
+                del module._forward_hooks[key]
+    try:
+        yield
+    finally:
+        for module, hooks in before:
+            added = {key: hook for key, hook in module._forward_hooks.items() if key not in hooks}
+            module._forward_hooks.clear()
+            module._forward_hooks.update({**hooks, **added})
+
+
+@contextmanager
+def _watched(model: nn.Module) -> Any:
+    calls: list[Call] = []
+
+    def watch(path: str) -> Any:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            while isinstance(output, tuple | list) and output:
+                output = output[0]
+            if isinstance(output, Tensor):
+                calls.append(Call(path, module, output, [x for x in args if isinstance(x, Tensor)]))
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(path)) for path, module in model.named_modules() if path]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# ---- Which states are blocks ----
+
+
+def _makers(states: Sequence[Tensor], calls: Sequence[Call]) -> list[int | None]:
+    """For each state the place of the call that made it, each after the one before; None where there is none."""
+    prints = [_fingerprint(call.output) for call in calls]
+    makers: list[int | None] = []
+    start = 0
+    for state in states:
+        rest = range(start, len(calls))
+        place = next((i for i in rest if calls[i].output is state), None)
+        if place is None:
+            own = _fingerprint(state)
+            place = next((i for i in rest if _same(prints[i], own)), None)
+        makers.append(place)
+        start = start if place is None else place + 1
+    return makers
+
+
+def _fingerprint(tensor: Tensor) -> tuple[int, float, float]:
+    """Of values in any order."""
+    if not tensor.is_floating_point():
+        return tensor.numel(), math.nan, math.nan
+    values = tensor.detach().cpu().double()
+    return tensor.numel(), float(values.sum()), float(values.abs().sum())
+
+
+def _same(one: tuple[int, float, float], other: tuple[int, float, float]) -> bool:
+    scale = abs(other[2]) + 1e-12
+    return one[0] == other[0] and all(abs(a - b) <= 1e-9 * scale for a, b in zip(one[1:], other[1:], strict=True))
+
+
+def _trunk(
+    model: nn.Module, states: Sequence[Tensor], makers: Sequence[int | None], calls: Sequence[Call]
+) -> list[int]:
+    """States that were made in the list of modules that makes most of them: what is before is stem, behind is head."""
+    lists = {path for path, module in model.named_modules() if isinstance(module, nn.ModuleList | nn.Sequential)}
+    owners = [[] if maker is None else [p for p in lists if calls[maker].path.startswith(f"{p}.")] for maker in makers]
+    votes: Counter[str] = Counter(path for found in owners for path in found)
+    if not votes:
+        return []
+    last = {path: max(i for i, found in enumerate(owners) if path in found) for path in votes}
+    trunk = max(votes, key=lambda path: (votes[path], last[path], -len(path)))
+    inside = [i for i, found in enumerate(owners) if trunk in found]
+    members = {i: calls[makers[i]].path[len(trunk) + 1 :].partition(".")[0] for i in inside}
+    kinds = {i: type(model.get_submodule(f"{trunk}.{member}")) for i, member in members.items()}
+
+    def only_shrinks(i: int) -> bool:
+        """Whether a member of the list brings the map to where the next one, of another kind, works on it."""
+        before, after = states[i - 1] if i else None, states[i + 1] if i + 1 in kinds else None
+        changes = before is not None and before.shape != states[i].shape
+        return changes and after is not None and after.shape == states[i].shape and kinds[i] is not kinds[i + 1]
+
+    return [i for i in inside if not only_shrinks(i)]
+
+
+def _num_stem_states(network: nn.Module, count: int, makers: Sequence[int | None], calls: Sequence[Call]) -> int:
+    """How many of the states of a network of timm come before its first block.
+
+    timm says which parameters are the stem's; a state before which no others were used is the stem's, unless it is made
+    by the same kind of module as the next one.
+    """
+    info = _feature_modules(network)
+    if len(info) != count:
+        return 0
+    stem = _stem_pattern(network)
+    later = [module for name in info[1:] if (module := _module(network, name)) is not None] or [network]
+    for number in range(count - 1):
+        one, two = (_module(network, name) for name in info[number : number + 2])
+        alike = re.sub(r"\d+", "", info[number]) == re.sub(r"\d+", "", info[number + 1])
+        if stem is None:
+            return 0 if alike or len(set(info[1:])) == 1 else 1
+        used = _used_until(makers[number], one, calls)
+        # an activation is like any other; its name tells more
+        told = one is not None and two is not None and (_depth(one) or _depth(two))
+        alike = _kind(one) == _kind(two) if told else alike
+        if number == 0 and one is not None and _depth(one) == 1 < max(map(_depth, later)):
+            continue
+        if alike or not used or not all(stem.match(name) for name in used):
+            return number
+    return count - 1
+
+
+def _feature_modules(network: nn.Module) -> list[str]:
+    """What timm calls the modules of its states; not all of these names exist."""
+    return [entry["module"] for entry in getattr(network, "feature_info", None) or [] if isinstance(entry, dict)]
+
+
+def _timm_maker(network: nn.Module, maker: int | None, calls: Sequence[Call]) -> int | None:
+    """Place of the last block's call, where its state is only a part of what it returned."""
+    module = _module(network, (_feature_modules(network) or [""])[-1])
+    ends = [i for i, call in enumerate(calls) if call.module is module]
+    return ends[-1] if maker is None and ends else maker
+
+
+def _stem_pattern(network: nn.Module) -> re.Pattern | None:
+    try:
+        pattern = network.group_matcher(coarse=False)["stem"]
+    except (AttributeError, TypeError, KeyError):
+        return None
+    return re.compile(pattern) if isinstance(pattern, str) else None
+
+
+def _module(network: nn.Module, name: str) -> nn.Module | None:
+    return dict(network.named_modules()).get(name)
+
+
+def _depth(module: nn.Module) -> int:
+    """How deep the parts of a module that have weights are nested; 0 for one without such parts."""
+    weighted = (child for child in module.children() if next(child.parameters(), None) is not None)
+    return max((1 + _depth(child) for child in weighted), default=0)
+
+
+def _kind(module: nn.Module | None) -> Any:
+    if isinstance(module, nn.Sequential | nn.ModuleList):
+        return frozenset(type(child) for child in module)
+    return type(module)
+
+
+def _used_until(maker: int | None, module: nn.Module | None, calls: Sequence[Call]) -> list[str]:
+    """Names of the parameters that were used until a state was made, without the wrapper's prefix."""
+    ends = [i for i, call in enumerate(calls) if call.module is module] or ([] if maker is None else [maker])
+    if not ends:
+        return []
+    names = []
+    for call in calls[: ends[0] + 1]:
+        path = call.path.removeprefix("timm_model.")
+        names += [f"{path}.{name}" for name, _ in call.module.named_parameters(recurse=False)]
+    return names
+
+
+# ---- How they lie ----
+
+
+def _layouts(
+    states: Sequence[Tensor], indices: Sequence[int], maps: Sequence[torch.Size], size: tuple[int, int]
+) -> tuple[StateLayout, ...]:
+    found = [states[i] for i in indices]
+    lasts = [_is_channels_last(state, size) for state in found if state.ndim == 4]
+    last = sum(v for v in lasts if v is not None) > sum(not v for v in lasts if v is not None)
+    blocks = []
+    for i, state in zip(indices, found, strict=True):
+        if state.ndim == 4:
+            own = _is_channels_last(state, size)
+            own = last if own is None else own
+            grid = tuple(state.shape[1:3] if own else state.shape[2:])
+            kind, prefix, width = ("map_last" if own else "map"), 0, state.shape[3 if own else 1]
+        elif state.ndim == 3:
+            grid = _grid_of_tokens(state.shape[1], maps, size)
+            kind, prefix, width = "tokens", state.shape[1] - grid[0] * grid[1], state.shape[2]
+        else:
+            raise ValueError(f"expected states of tokens or maps, found one of shape {tuple(state.shape)}")
+        blocks.append(StateLayout(i, kind, prefix, (size[0] / grid[0], size[1] / grid[1]), width))
+    return tuple(blocks)
+
+
+def _skew(grid: Sequence[int], size: tuple[int, int]) -> float:
+    """How far a grid is from the shape of the images."""
+    return abs(math.log(grid[0] / grid[1]) - math.log(size[0] / size[1]))
+
+
+def _is_channels_last(state: Tensor, size: tuple[int, int]) -> bool | None:
+    """None where both readings are as good."""
+    last, first = _skew(state.shape[1:3], size), _skew(state.shape[2:], size)
+    return None if math.isclose(last, first) else last < first
+
+
+def _grid_of_tokens(count: int, maps: Sequence[torch.Size], size: tuple[int, int]) -> tuple[int, int]:
+    """The largest map that was seen and fits into so many tokens; else the largest grid of the images' shape."""
+    seen = {tuple(grid) for shape in maps for grid in (shape[2:], shape[1:3])}
+    fits = [g for g in seen if count - _MOST_PREFIX_TOKENS <= g[0] * g[1] <= count and _fits_shape(g, size)]
+    rows = [max(1, round(math.sqrt(n * size[0] / size[1]))) for n in range(max(1, count - 16), count + 1)]
+    shaped = {(r, max(1, round(r * size[1] / size[0]))) for r in rows}
+    exact = [g for g in shaped if g[0] * g[1] == count]
+    candidates = exact if exact and not fits else fits or [g for g in shaped if g[0] * g[1] <= count]
+    if not candidates:
+        raise ValueError(f"{count} tokens do not hold a grid of patches of {size[0]} x {size[1]} px images")
+    return max(candidates, key=lambda g: g[0] * g[1])
+
+
+def _fits_shape(grid: Sequence[int], size: tuple[int, int]) -> bool:
+    return abs(grid[0] * size[1] / size[0] - grid[1]) <= 1
+
+
+# ---- The norm after the last block ----
+
+
+def _norm_after(maker: int | None, width: int, calls: Sequence[Call]) -> Norm | None:
+    """The first module with weights behind the last block, if it is a norm of as many channels."""
+    for call in calls[len(calls) if maker is None else maker + 1 :]:
+        weights = dict(call.module.named_parameters(recurse=False))
+        *above, own = call.path.split(".")
+        is_norm = "norm" in type(call.module).__name__.lower() and not isinstance(call.module, nn.BatchNorm1d)
+        is_of_a_list = any(part.isdigit() for part in above) or (own.isdigit() and not is_norm)
+        if not weights or is_of_a_list or _holds(call, calls[maker]):  # CaiT and VOLO end in blocks of another kind
+            continue
+        if not is_norm or next(iter(weights.values())).shape != (width,) or not call.inputs:
+            return None
+        source = call.inputs[0]
+        takes_map = source.ndim == 4 and (
+            source.shape[-1] != width or isinstance(call.module, nn.GroupNorm | nn.BatchNorm2d)
+            or "2d" in type(call.module).__name__
+        )  # fmt: skip
+        return Norm(call.path, takes_map, width)
+    return None
+
+
+def _holds(call: Call, other: Call) -> bool:
+    return other.path.startswith(f"{call.path}.")

@@ -1,0 +1,184 @@
+"""Any teacher: every family against what its author knows of it, in the quick form of `benchmarks/matrix.py`."""
+
+import pytest
+import timm
+import torch
+import torchvision
+from transformers import Siglip2VisionConfig, Siglip2VisionModel, SwinBackbone, SwinConfig
+
+from benchmarks import matrix_training as training
+from benchmarks.families import FAMILIES, MEAN, STD, STUDENTS, TIMM, TRANSFORMERS
+from benchmarks.matrix_checks import CHECKS, Case
+from hf_ihb.config.model import ModelArguments, TeacherArguments
+from hf_ihb.errors import ModelLoadError, RecipeError, TeacherMismatchError
+from hf_ihb.models.adapter import teacher_from_module
+from hf_ihb.models.features import extract_features, layout_of
+from hf_ihb.models.processing import PixelFormat, student_processor
+from hf_ihb.models.student import build_student
+from hf_ihb.models.teacher import Teacher, load_teacher
+
+# Those of which there is nothing small: in the table alone.
+LARGE = (
+    "mvitv2", "volo", "dpn", "mlp_mixer", "regnet", "ghostnet", "mobilenetv3", "efficientvit", "edgenext", "mobilevit",
+    "starnet", "mambaout",
+)  # fmt: skip
+QUICK = [name for name in FAMILIES if name not in [f"timm/{large}" for large in LARGE]]
+
+
+def test_there_are_as_many_families_as_promised():
+    assert len(TRANSFORMERS) >= 30
+    assert len(TIMM) >= 25
+    assert len(STUDENTS) >= 15
+    assert len(QUICK) >= 30 + 25
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_family_as_a_teacher(name, tmp_path):
+    case = Case(FAMILIES[name], tmp_path)
+    for check in CHECKS.values():
+        check(case)
+
+
+def test_a_deit_learns_from_a_family_cached_as_live(tmp_path):
+    training.structural_teacher(Case(FAMILIES["transformers/hiera"], tmp_path / "teacher").teacher, tmp_path)
+
+
+def test_a_family_as_a_student(tmp_path):
+    family, dinov2 = FAMILIES["transformers/poolformer"], Case(FAMILIES["transformers/dinov2"], tmp_path).teacher
+    training.gradients(family, dinov2, tmp_path / "gradients")
+    training.reload(family, dinov2, tmp_path / "reload")
+    training.resume(family, dinov2, tmp_path / "resume")
+
+
+# ---- Errors: one line that names the model and the key ----
+
+
+def load(folder, logits=True, **keys):
+    names = [f"LABEL_{i}" for i in range(5)]
+    return load_teacher(TeacherArguments(teacher_model=str(folder), **keys), names, needs_logits=logits)
+
+
+def test_a_repo_of_two_towers_is_no_classifier(tmp_path):
+    FAMILIES["transformers/clip"].build().save_pretrained(tmp_path)
+    with pytest.raises(ModelLoadError, match="expected a classifier, found CLIPModel"):
+        load(tmp_path)
+
+
+def test_a_norm_below_the_last_stage_is_refused_with_the_widths(tmp_path):
+    teacher = Case(FAMILIES["transformers/swin"], tmp_path).teacher
+    pixels = torch.zeros(1, 3, 32, 32)
+    with pytest.raises(TeacherMismatchError, match=r"key 'teacher_norm': .* of width 32 alone, where block 0 has 16"):
+        teacher.features(pixels, [0], apply_norm=True)
+    below = teacher.features(pixels, [0])[0]
+    assert teacher.normed(below) is below
+
+
+def test_channels_other_than_one_or_three_are_refused_and_one_mean_stands_for_all(tmp_path):
+    four = TRANSFORMERS["vit"]._replace(options=TRANSFORMERS["vit"].options | {"num_channels": 4})
+    with pytest.raises(TeacherMismatchError, match=r"expected a model of 1 or 3 channels .* found 4 channels"):
+        Case(four, tmp_path / "four")
+    grey = TRANSFORMERS["vit"]._replace(options=TRANSFORMERS["vit"].options | {"num_channels": 1})
+    for channels, family in ((1, grey), (3, TRANSFORMERS["vit"])):
+        family.build().save_pretrained(tmp_path)
+        student_processor([0.5], [0.25], (32, 32)).save_pretrained(tmp_path)
+        teacher = load(tmp_path)
+        assert teacher.pixels.mean == (0.5,) * channels
+        assert teacher.logits(teacher.prepare(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))).shape == (2, 5)
+
+
+def test_a_timm_teacher_sees_images_of_another_size_as_timm_makes_it(tmp_path):
+    for name, key in (("vision_transformer", "blocks"), ("swin_transformer", "layers"), ("eva", "blocks")):
+        case = Case(TIMM[name], tmp_path / name)
+        teacher = load(tmp_path / name, teacher_image_size=96 if name != "eva" else 84)
+        size = teacher.pixels.size
+        pixels = torch.randn(2, 3, *size)
+        network = timm.create_model(TIMM[name].made_of, num_classes=5, **TIMM[name].options).eval()
+        network.load_state_dict(case.model.timm_model.state_dict())
+        network.set_input_size(img_size=size)
+        torch.testing.assert_close(teacher.logits(pixels), network(pixels), msg=f"{name} {key}")
+
+
+def test_a_timm_teacher_of_one_size_alone_says_so(tmp_path):
+    Case(TIMM["visformer"], tmp_path)
+    with pytest.raises(
+        TeacherMismatchError, match="key 'teacher_image_size': Visformer of timm takes images of one size"
+    ):
+        load(tmp_path, teacher_image_size=96)
+
+
+def test_patches_of_a_size_that_does_not_divide_the_images_are_one_line():
+    config = Siglip2VisionConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=24, patch_size=8, num_patches=16
+    )
+    with pytest.raises(TeacherMismatchError, match="expected images whose sides are multiples of 8 px, found"):
+        Teacher(Siglip2VisionModel(config), PixelFormat((0.5,) * 3, (0.5,) * 3, (30, 30)))
+
+
+# ---- Students of timm ----
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "levit_128s", "deit_tiny_distilled_patch16_224"])
+def test_a_timm_student_is_made_for_the_images_it_gets(name, tmp_path):
+    names = ["a", "b"]
+    student, _ = build_student(ModelArguments(architecture=name), names, (32, 32), MEAN, STD)
+    pixels = torch.randn(2, 3, 32, 32)
+    student.eval().save_pretrained(tmp_path)
+    plain = type(student).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(plain(pixels).logits, student(pixels).logits)
+
+
+def test_a_timm_student_that_cannot_be_made_is_refused_with_its_key():
+    with pytest.raises(RecipeError, match="key 'drop_path_rate': expected 0 for densenet121, which has none"):
+        build_student(ModelArguments(architecture="densenet121", drop_path_rate=0.1), ["a", "b"], (32, 32), MEAN, STD)
+    with pytest.raises(
+        RecipeError, match=r"keys 'architecture' and 'image_size': .* takes 8 x 8 px, found inception_v3"
+    ):
+        build_student(ModelArguments(architecture="inception_v3"), ["a", "b"], (8, 8), MEAN, STD)
+
+
+# ---- Models from Python ----
+
+
+@torch.no_grad()
+def test_a_model_of_torchvision_and_one_of_timm_are_teachers():
+    pixels = torch.randn(2, 3, 64, 64)
+    blocks = ["layer1", "layer2", "layer3", "layer4"]
+    for network, names in ((torchvision.models.resnet18(), blocks), (timm.create_model("test_resnet"), None)):
+        seen = []
+        for path in blocks:
+            network.get_submodule(path).register_forward_hook(lambda m, a, output, seen=seen: seen.append(output))
+        teacher = teacher_from_module(
+            network, mean=MEAN, std=STD, size=(64, 64), blocks=names, label_names=[str(i) for i in range(1000)]
+        )
+        assert seen == []  # whoever watches a model does not see how it is looked at
+        maps = teacher.features(pixels, [0, 1, 2, -1])
+        for found, expected in zip(maps, seen, strict=True):
+            assert torch.equal(found.tokens, expected.flatten(2).mT)
+        assert torch.equal(teacher.logits(pixels), network(pixels))
+
+
+def test_a_module_without_names_of_blocks_is_refused():
+    network = torchvision.models.resnet18()
+    with pytest.raises(TeacherMismatchError, match="expected names of its blocks, found none"):
+        teacher_from_module(network, mean=MEAN, std=STD)
+    with pytest.raises(TeacherMismatchError, match=r"expected names of its modules \(conv1, .* found 'layer9'"):
+        teacher_from_module(network, mean=MEAN, std=STD, blocks=["layer9"])
+
+
+@torch.no_grad()
+def test_stage_0_of_coat_can_be_reached():
+    """Transformers' wrapper cannot save one, whose weights are shared."""
+    options = {"embed_dims": [16] * 4, "serial_depths": [1] * 4, "parallel_depth": 1, "img_size": 64}
+    network = timm.create_model("coat_tiny", num_classes=5, **options)
+    teacher = teacher_from_module(network, mean=MEAN, std=STD, size=(64, 64))
+    assert [m.grid for m in teacher.features(torch.randn(1, 3, 64, 64), range(4))] == [(16, 16), (8, 8), (4, 4), (2, 2)]
+
+
+def test_a_backbone_is_the_same_from_python_and_from_its_folder(tmp_path):
+    case = Case(FAMILIES["transformers/swin-backbone"], tmp_path)
+    backbone = SwinBackbone(SwinConfig(**case.family.options)).eval()
+    backbone.load_state_dict(case.model.state_dict())
+    _, maps = extract_features(backbone, case.pixels, None)
+    for one, other in zip(maps, case.teacher.features(case.pixels, [0, 1, 2]), strict=True):
+        torch.testing.assert_close(one.tokens, other.tokens)
+    assert layout_of(backbone).blocks == case.layout.blocks
