@@ -493,7 +493,8 @@ def test_images_that_fit_are_read_from_the_device_to_the_same_end(where, make_tr
 
 def test_loaders_of_images_on_an_accelerator_gather_in_this_process_without_pinning(make_trainer):
     trainer = make_trainer(dataloader_num_workers=2, dataloader_prefetch_factor=4)
-    elsewhere = ImageSplit(torch.empty(4, 3, 16, 16, dtype=torch.uint8, device="meta"), torch.zeros(4, dtype=torch.long), ["a"])
+    images = torch.empty(4, 3, 16, 16, dtype=torch.uint8, device="meta")
+    elsewhere = ImageSplit(images, torch.zeros(4, dtype=torch.long), ["a"])
     trainer.args.dataloader_pin_memory = True
     here = trainer.get_eval_dataloader()
     there = trainer.get_eval_dataloader(elsewhere)
