@@ -128,7 +128,8 @@ _SIGLIP2 = {name: value for name, value in _VIT.items() if name != "image_size"}
 TRANSFORMERS = {
     "vit": _vit("ViTConfig", "ViTForImageClassification", "vit.layers.{}", "vit.layernorm"),
     "deit": _vit("DeiTConfig", "DeiTForImageClassification", "deit.layers.{}", "deit.layernorm", 2),
-    "deit-distilled": _vit("DeiTConfig", "DeiTForImageClassificationWithTeacher", "deit.layers.{}", "deit.layernorm", 2),
+    "deit-distilled": _vit("DeiTConfig", "DeiTForImageClassificationWithTeacher", "deit.layers.{}", "deit.layernorm",
+                           2),
     "dinov2": _vit("Dinov2Config", "Dinov2Model", "encoder.layer.{}", "layernorm"),
     "dinov2-classifier": _vit(
         "Dinov2Config", "Dinov2ForImageClassification", "dinov2.encoder.layer.{}", "dinov2.layernorm"
@@ -156,7 +157,8 @@ TRANSFORMERS = {
     "metaclip2": _towers("MetaClip2Config", "MetaClip2ForImageClassification", _CLIP, 1, "vision_model."),
     "siglip": _towers("SiglipConfig", "SiglipModel", {"vision_config": _VIT, "text_config": _TEXT}, 0),
     "siglip-classifier": _towers(
-        "SiglipConfig", "SiglipForImageClassification", {"vision_config": _VIT, "text_config": _TEXT}, 0, "vision_model."
+        "SiglipConfig", "SiglipForImageClassification", {"vision_config": _VIT, "text_config": _TEXT}, 0,
+        "vision_model.",
     ),
     "siglip2": _towers("Siglip2Config", "Siglip2Model", {"vision_config": _SIGLIP2, "text_config": _TEXT}, 0),
     "siglip2-classifier": _towers(

@@ -60,9 +60,9 @@ def trainer_of(
     keys: dict[str, Any] = {
         "max_steps": STEPS, "per_device_train_batch_size": 16, "learning_rate": 2e-3, "logging_steps": 1,
         "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "seed": 0,
-        "cka_weight": 1.0, "gram_weight": 1.0, "token_weight": 1.0, "teacher_view": "shared", "student_layers": ["last"],
-        "teacher_layers": [-1], "teacher_statistics_samples": 64, "teacher_cache_dir": str(folder / "cache"),
-        "lr_scheduler_type": "constant", "teacher_cache": "off",
+        "cka_weight": 1.0, "gram_weight": 1.0, "token_weight": 1.0, "teacher_view": "shared",
+        "student_layers": ["last"], "teacher_layers": [-1], "teacher_statistics_samples": 64,
+        "teacher_cache_dir": str(folder / "cache"), "lr_scheduler_type": "constant", "teacher_cache": "off",
     }  # fmt: skip
     args = DistillationTrainingArguments(str(folder / "run"), **keys | options)
     return DistillationTrainer(

@@ -174,7 +174,7 @@ def apply_final_norm(model: nn.Module, feature_map: FeatureMap) -> FeatureMap | 
 
 @contextmanager
 def _statistics_kept(norm: nn.Module) -> Iterator[None]:
-    """Inside, a batch norm in training leaves its running statistics alone: the model's own forward counts the batch."""
+    """Inside, a batch norm in training leaves its statistics alone: the model's own forward counts the batch."""
     tracking = [
         module for module in norm.modules() if module.training and getattr(module, "track_running_stats", False)
     ]

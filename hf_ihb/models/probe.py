@@ -157,18 +157,19 @@ def _in_eval_mode(model: nn.Module) -> Any:
 @contextmanager
 def _unseen(model: nn.Module) -> Any:
     """Leaves out the hooks of those who watch the model for purposes of their own; the libraries' stay."""
-    before = [(module, module._forward_hooks.copy()) for module in model.modules() if module._forward_hooks]
-    for module, hooks in before:
-        for key, hook in hooks.items():
+    hooks = [m._forward_hooks for m in model.modules()] + [m._forward_pre_hooks for m in model.modules()]
+    before = [(own, own.copy()) for own in hooks if own]
+    for own, all_of_them in before:
+        for key, hook in all_of_them.items():
             if not (getattr(hook, "__module__", None) or "").startswith(("transformers.", "hf_ihb.", "accelerate.")):
-                del module._forward_hooks[key]
+                del own[key]
     try:
         yield
     finally:
-        for module, hooks in before:
-            added = {key: hook for key, hook in module._forward_hooks.items() if key not in hooks}
-            module._forward_hooks.clear()
-            module._forward_hooks.update({**hooks, **added})
+        for own, all_of_them in before:
+            added = {key: hook for key, hook in own.items() if key not in all_of_them}
+            own.clear()
+            own.update({**all_of_them, **added})
 
 
 @contextmanager

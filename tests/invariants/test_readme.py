@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.methods.steps import example
 
@@ -38,13 +39,22 @@ def test_a_ready_pipeline_is_evaluated_as_the_readme_shows(examples):
 
 def test_both_trainers_work_with_the_users_own_parts_as_the_readme_shows(examples):
     namespace = {}
-    *trainers, _ = examples["recipes/README.md"]
+    *trainers, _, _ = examples["recipes/README.md"]
     assert len(trainers) == 2
     for source in trainers:
         trainer = run(source, namespace)["trainer"]
         metrics = trainer.evaluate()
         assert metrics["eval_errors"] == round((1 - metrics["eval_accuracy"]) * 297)
         assert namespace["teacher"].training is False
+
+
+def test_a_module_of_torchvision_teaches_as_the_readme_shows(examples):
+    *_, module, _ = examples["recipes/README.md"]
+    teacher = run(module, {})["teacher"]
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    scores, maps = teacher.logits_and_features(teacher.prepare(images), [0, -1])
+    assert scores.shape == (2, 10)
+    assert [m.grid for m in maps] == [(8, 8), (1, 1)]
 
 
 def test_the_readmes_ten_lines_distil_and_evaluate(examples):
