@@ -61,7 +61,7 @@ def fingerprint(trainer: Trainer, settings: Sequence[Any]) -> dict[str, Any]:
         found["train_images"] = images.fingerprint()[:16]
     found["architecture"] = _structure(trainer.accelerator.unwrap_model(trainer.model))
     if (teacher := getattr(trainer, "teacher", None)) is not None:
-        pixels = repr(teacher.pixels)
+        pixels = json.dumps(None if teacher.pixels is None else teacher.pixels.description(), sort_keys=True)
         found["teacher"] = f"{weights_digest(teacher.model)[:16]} {teacher.control} {_hash(pixels)}"
     return found
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hf_ihb.errors import NumericsError
 from hf_ihb.trainer.saving import last_good
@@ -69,7 +70,10 @@ class LossLog:
             return
         values = self._sums / self._count
         if self._gradient is not None:
-            values = torch.cat((values, self._gradient.to(values.device).reshape(1)))
+            gradient = self._gradient
+            if isinstance(gradient, DTensor):  # of sharded weights
+                gradient = gradient.full_tensor()
+            values = torch.cat((values, gradient.to(values.device).reshape(1)))
         total, *parts = values.tolist()
         gradient = parts.pop() if self._gradient is not None else 0.0
         if math.isfinite(total) and math.isfinite(gradient):

@@ -5,6 +5,7 @@ copies between host and device are listed. Gradients are made up: torch's engine
 before it goes backwards, and on one device no operation of ours has a backward pass of its own.
 """
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -15,7 +16,6 @@ from transformers import Dinov2Config, Dinov2Model, set_seed
 
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.config.model import ModelArguments
-from hf_ihb.data import ImageSplit
 from hf_ihb.models.processing import PixelFormat
 from hf_ihb.models.student import build_student
 from hf_ihb.models.teacher import Teacher
@@ -118,7 +118,8 @@ def move_trainer(trainer, monkeypatch, data_on=GPU):
     monkeypatch.setattr(type(trainer.args), "device", property(lambda args: GPU))
     move(trainer.model)
     for split in (trainer.train_dataset, trainer.eval_dataset):
-        moved = ImageSplit(elsewhere(split.images, data_on), elsewhere(split.labels, data_on), split.label_names)
+        moved = copy.copy(split)
+        moved.images, moved.labels = elsewhere(split.images, data_on), elsewhere(split.labels, data_on)
         trainer.batches.placed[id(split)] = (split, moved)
     if (teacher := getattr(trainer, "teacher", None)) is not None:
         move(teacher.model)
