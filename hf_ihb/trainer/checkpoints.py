@@ -150,6 +150,8 @@ def check_weights(weights: nn.Module | Mapping[str, Tensor]) -> None:
     """
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    if not floating:  # a process that gets no part of a sharded state
+        return
     finite = torch.stack([tensor.isfinite().all() for tensor in floating.values()]).tolist()
     if not all(finite):
         name = next(name for name, whole in zip(floating, finite, strict=True) if not whole)
