@@ -87,7 +87,21 @@ class Family(NamedTuple):
                     nn.init.normal_(parameter, 1.0, 0.2)  # norms and scales that do nothing would hide a missing one
                 elif not parameter.any():
                     nn.init.normal_(parameter, 0.0, 0.02)
+        _settle_statistics(model, self.size)
         return model.eval()
+
+
+@torch.no_grad()
+def _settle_statistics(model: PreTrainedModel, size: int) -> None:
+    """Gives batch norms the statistics of images, as training does; at random ones a deep network tells none apart."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    if norms:
+        model.train()(pixel_values=torch.randn(16, 3, size, size))
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.momentum = momentum
 
 
 _VIT: dict[str, Any] = {

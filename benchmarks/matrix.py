@@ -9,6 +9,8 @@ import argparse
 import datetime
 import json
 import platform
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -64,6 +66,17 @@ def student_row(name: str) -> dict[str, Any]:
     return row | {"seconds": time.perf_counter() - started}
 
 
+def two_processes(names: list[str]) -> dict[str, str]:
+    """Of each student, whether two processes train it alike."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
+        command += [str(Path(__file__).with_name("matrix_processes.py")), str(out), *names]
+        subprocess.run(command, check=False, capture_output=True)
+        found = json.loads(out.read_text("utf-8")) if out.is_file() else {}
+    return {name: found.get(name, "did not end") for name in names}
+
+
 def table(rows: dict[str, dict[str, Any]]) -> list[str]:
     """Markdown of rows, one a family."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
@@ -98,6 +111,8 @@ def main() -> None:
     for name in (n for n in STUDENTS if not args.quick and any(part in n for part in args.only)):
         students[name] = student_row(name)
         print(name, json.dumps(students[name]), flush=True)
+    for name, found in (two_processes(list(students)) if students else {}).items():
+        students[name] = {"two_processes": found} | students[name]
     minutes = (time.perf_counter() - started) / 60
     counts = {
         f"{library} teachers": f"{sum(map(is_right, found))} of {len(found)}"

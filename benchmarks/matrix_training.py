@@ -3,6 +3,7 @@
 import contextlib
 import io
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,24 +89,24 @@ def _falls(losses: list[float]) -> None:
     assert last < first, f"loss {first:.4f} -> {last:.4f}"
 
 
-def _close(live: list[float], cached: list[float], steps: int = 3) -> None:
-    """In the first steps: half precision of what is stored is amplified by every later one."""
-    worst = max(abs(a - b) / abs(a) for a, b in zip(live[:steps], cached[:steps], strict=True))
+def _same_from_a_cache(make: Callable[..., DistillationTrainer]) -> None:
+    """All images once, at a learning rate that moves nothing: rounding is not amplified from step to step."""
+    keys = {"max_steps": 4, "learning_rate": 1e-8}
+    live, cached = (train(make(teacher_cache=cache, **keys)) for cache in ("off", "tokens"))
+    worst = max(abs(a - b) / abs(a) for a, b in zip(live, cached, strict=True))
     assert worst < 1e-2, f"cached and live differ by {worst:.3f}"
 
 
 def structural_teacher(teacher: Teacher, folder: Path) -> None:
     """A DeiT learns from it: finite, decreasing over 20 steps, and the same from a cache."""
-    live = train(trainer_of(deit(), teacher, folder, 32))
-    _falls(live)
-    _close(live, train(trainer_of(deit(), teacher, folder, 32, teacher_cache="tokens")))
+    _falls(train(trainer_of(deit(), teacher, folder, 32)))
+    _same_from_a_cache(lambda **keys: trainer_of(deit(), teacher, folder, 32, **keys))
 
 
 def structural_student(family: Family, teacher: Teacher, folder: Path) -> None:
     """It learns from a small DINOv2: finite, decreasing over 20 steps, and the same from a cache."""
-    live = train(_student(family, teacher, folder))
-    _falls(live)
-    _close(live, train(_student(family, teacher, folder, teacher_cache="tokens")))
+    _falls(train(_student(family, teacher, folder)))
+    _same_from_a_cache(lambda **keys: _student(family, teacher, folder, **keys))
 
 
 def _student(family: Family, teacher: Teacher, folder: Path, **options: Any) -> DistillationTrainer:
@@ -130,7 +131,7 @@ def reload(family: Family, teacher: Teacher, folder: Path) -> None:
     plain = AutoModelForImageClassification.from_pretrained(folder / "saved").eval()
     pixels = torch.randn(2, 3, family.size, family.size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(plain(pixels).logits, trainer.student.eval()(pixels).logits, rtol=0, atol=1e-6)
+        torch.testing.assert_close(plain(pixels).logits, trainer.student.eval()(pixels).logits, rtol=1e-5, atol=1e-5)
 
 
 def resume(family: Family, teacher: Teacher, folder: Path) -> None:

@@ -12,8 +12,10 @@ from tqdm.auto import tqdm
 from hf_ihb.config.fields import NON_NEGATIVE, Checked, Range, key
 from hf_ihb.config.measure import MeasurementArguments
 from hf_ihb.data import StoredSplit
+from hf_ihb.errors import ModelLoadError
 from hf_ihb.markdown import Markdown
-from hf_ihb.models.features import extract_features, size_arguments
+from hf_ihb.models.features import extract_features, layout_of, size_arguments
+from hf_ihb.models.files import UNREADABLE, one_line
 from hf_ihb.models.pretrained import Pretrained
 
 Section = Mapping[str, Any]
@@ -167,6 +169,18 @@ def batches(
 
 @torch.no_grad()
 def mean_patch_tokens(subject: Pretrained, pixels: Tensor) -> list[Tensor]:
-    """``(B, width)`` of each layer: block outputs averaged over patch tokens (over positions for a CNN)."""
-    _, maps = extract_features(subject.model, pixels, None, **size_arguments(subject.model, pixels))
+    """``(B, width)`` of each layer: block outputs averaged over patch tokens (over positions for a CNN).
+
+    Raises:
+        ModelLoadError: If its blocks cannot be found, or it does not take such images.
+    """
+    arguments = size_arguments(subject.model, pixels)
+    try:
+        layout_of(subject.model, pixels, **arguments)
+    except UNREADABLE as error:
+        raise ModelLoadError(
+            f"model '{subject.name}': expected one that takes images of {tuple(pixels.shape[1:])} and returns its "
+            f"blocks, found: {one_line(error)}"
+        ) from error
+    _, maps = extract_features(subject.model, pixels, None, **arguments)
     return [feature_map.patch_tokens.mean(dim=1) for feature_map in maps]

@@ -5,8 +5,6 @@ the modules that made it, and shapes are measured.
 """
 
 import math
-import re
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -14,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from hf_ihb.models.blocks import Call, block_states, last_maker, makers_of
 
 _MOST_PREFIX_TOKENS = 64
 
@@ -67,15 +67,6 @@ class ModelLayout(NamedTuple):
         return len(self.blocks)
 
 
-class Call(NamedTuple):
-    """One module's turn."""
-
-    path: str
-    module: nn.Module
-    output: Tensor
-    inputs: Sequence[Tensor]
-
-
 def probe(model: PreTrainedModel, pixel_values: Tensor, **kwargs: Any) -> ModelLayout:
     """Watches a model at work on one image, in eval mode and without gradients; it is left as it was.
 
@@ -92,21 +83,15 @@ def probe(model: PreTrainedModel, pixel_values: Tensor, **kwargs: Any) -> ModelL
     with torch.no_grad(), _in_eval_mode(model), _unseen(model), _watched(model) as calls:
         outputs = model(pixel_values=image, output_hidden_states=True, **kwargs)
     states = states_of(outputs)
-    makers = _makers(states, calls)
-    timm_model = getattr(model, "timm_model", None)
-    if getattr(model, "block_names", None) is not None:
-        indices = list(range(len(states)))
-    elif timm_model is not None:
-        indices = list(range(_num_stem_states(timm_model, len(states), makers, calls), len(states)))
-    else:
-        indices = _trunk(model, states, makers, calls)
+    makers = makers_of(states, calls)
+    indices = block_states(model, states, makers, calls)
     if not indices:
         raise ValueError(f"{type(model).__name__}: expected blocks among its {len(states)} states, found none")
     maps = [call.output.shape for call in calls if call.output.ndim == 4]
     blocks = _layouts(states, indices, maps, tuple(image.shape[-2:]))
     if blocks[0].num_prefix_tokens:
         _check_order(model, image, kwargs, outputs.hidden_states[: indices[0]])
-    last = makers[indices[-1]] if timm_model is None else _timm_maker(timm_model, makers[indices[-1]], calls)
+    last = last_maker(model, makers[indices[-1]], calls)
     return ModelLayout(blocks, _norm_after(last, blocks[-1].width, calls))
 
 
@@ -191,137 +176,6 @@ def _watched(model: nn.Module) -> Any:
     finally:
         for handle in handles:
             handle.remove()
-
-
-# ---- Which states are blocks ----
-
-
-def _makers(states: Sequence[Tensor], calls: Sequence[Call]) -> list[int | None]:
-    """For each state the place of the call that made it, each after the one before; None where there is none."""
-    prints = [_fingerprint(call.output) for call in calls]
-    makers: list[int | None] = []
-    start = 0
-    for state in states:
-        rest = range(start, len(calls))
-        place = next((i for i in rest if calls[i].output is state), None)
-        if place is None:
-            own = _fingerprint(state)
-            place = next((i for i in rest if _same(prints[i], own)), None)
-        makers.append(place)
-        start = start if place is None else place + 1
-    return makers
-
-
-def _fingerprint(tensor: Tensor) -> tuple[int, float, float]:
-    """Of values in any order."""
-    if not tensor.is_floating_point():
-        return tensor.numel(), math.nan, math.nan
-    values = tensor.detach().cpu().double()
-    return tensor.numel(), float(values.sum()), float(values.abs().sum())
-
-
-def _same(one: tuple[int, float, float], other: tuple[int, float, float]) -> bool:
-    scale = abs(other[2]) + 1e-12
-    return one[0] == other[0] and all(abs(a - b) <= 1e-9 * scale for a, b in zip(one[1:], other[1:], strict=True))
-
-
-def _trunk(
-    model: nn.Module, states: Sequence[Tensor], makers: Sequence[int | None], calls: Sequence[Call]
-) -> list[int]:
-    """States that were made in the list of modules that makes most of them: what is before is stem, behind is head."""
-    lists = {path for path, module in model.named_modules() if isinstance(module, nn.ModuleList | nn.Sequential)}
-    owners = [[] if maker is None else [p for p in lists if calls[maker].path.startswith(f"{p}.")] for maker in makers]
-    votes: Counter[str] = Counter(path for found in owners for path in found)
-    if not votes:
-        return []
-    last = {path: max(i for i, found in enumerate(owners) if path in found) for path in votes}
-    trunk = max(votes, key=lambda path: (votes[path], last[path], -len(path)))
-    inside = [i for i, found in enumerate(owners) if trunk in found]
-    members = {i: calls[makers[i]].path[len(trunk) + 1 :].partition(".")[0] for i in inside}
-    kinds = {i: type(model.get_submodule(f"{trunk}.{member}")) for i, member in members.items()}
-
-    def only_shrinks(i: int) -> bool:
-        """Whether a member of the list brings the map to where the next one, of another kind, works on it."""
-        before, after = states[i - 1] if i else None, states[i + 1] if i + 1 in kinds else None
-        changes = before is not None and before.shape != states[i].shape
-        return changes and after is not None and after.shape == states[i].shape and kinds[i] is not kinds[i + 1]
-
-    return [i for i in inside if not only_shrinks(i)]
-
-
-def _num_stem_states(network: nn.Module, count: int, makers: Sequence[int | None], calls: Sequence[Call]) -> int:
-    """How many of the states of a network of timm come before its first block.
-
-    timm says which parameters are the stem's; a state before which no others were used is the stem's, unless it is made
-    by the same kind of module as the next one.
-    """
-    info = _feature_modules(network)
-    if len(info) != count:
-        return 0
-    stem = _stem_pattern(network)
-    later = [module for name in info[1:] if (module := _module(network, name)) is not None] or [network]
-    for number in range(count - 1):
-        one, two = (_module(network, name) for name in info[number : number + 2])
-        alike = re.sub(r"\d+", "", info[number]) == re.sub(r"\d+", "", info[number + 1])
-        if stem is None:
-            return 0 if alike or len(set(info[1:])) == 1 else 1
-        used = _used_until(makers[number], one, calls)
-        # an activation is like any other; its name tells more
-        told = one is not None and two is not None and (_depth(one) or _depth(two))
-        alike = _kind(one) == _kind(two) if told else alike
-        if number == 0 and one is not None and _depth(one) == 1 < max(map(_depth, later)):
-            continue
-        if alike or not used or not all(stem.match(name) for name in used):
-            return number
-    return count - 1
-
-
-def _feature_modules(network: nn.Module) -> list[str]:
-    """What timm calls the modules of its states; not all of these names exist."""
-    return [entry["module"] for entry in getattr(network, "feature_info", None) or [] if isinstance(entry, dict)]
-
-
-def _timm_maker(network: nn.Module, maker: int | None, calls: Sequence[Call]) -> int | None:
-    """Place of the last block's call, where its state is only a part of what it returned."""
-    module = _module(network, (_feature_modules(network) or [""])[-1])
-    ends = [i for i, call in enumerate(calls) if call.module is module]
-    return ends[-1] if maker is None and ends else maker
-
-
-def _stem_pattern(network: nn.Module) -> re.Pattern | None:
-    try:
-        pattern = network.group_matcher(coarse=False)["stem"]
-    except (AttributeError, TypeError, KeyError):
-        return None
-    return re.compile(pattern) if isinstance(pattern, str) else None
-
-
-def _module(network: nn.Module, name: str) -> nn.Module | None:
-    return dict(network.named_modules()).get(name)
-
-
-def _depth(module: nn.Module) -> int:
-    """How deep the parts of a module that have weights are nested; 0 for one without such parts."""
-    weighted = (child for child in module.children() if next(child.parameters(), None) is not None)
-    return max((1 + _depth(child) for child in weighted), default=0)
-
-
-def _kind(module: nn.Module | None) -> Any:
-    if isinstance(module, nn.Sequential | nn.ModuleList):
-        return frozenset(type(child) for child in module)
-    return type(module)
-
-
-def _used_until(maker: int | None, module: nn.Module | None, calls: Sequence[Call]) -> list[str]:
-    """Names of the parameters that were used until a state was made, without the wrapper's prefix."""
-    ends = [i for i, call in enumerate(calls) if call.module is module] or ([] if maker is None else [maker])
-    if not ends:
-        return []
-    names = []
-    for call in calls[: ends[0] + 1]:
-        path = call.path.removeprefix("timm_model.")
-        names += [f"{path}.{name}" for name, _ in call.module.named_parameters(recurse=False)]
-    return names
 
 
 # ---- How they lie ----

@@ -2,11 +2,15 @@ import copy
 
 import pytest
 import torch
-from transformers import Dinov2Config, Dinov2Model
+from transformers import Dinov2Config, Dinov2Model, ViTMSNConfig, ViTMSNModel
 
+from benchmarks.families import MEAN, STD, TRANSFORMERS
 from hf_ihb.analysis.cka import CKAAnalysis
+from hf_ihb.errors import ModelLoadError
 from hf_ihb.functional.similarity import linear_cka
 from hf_ihb.models.features import extract_features
+from hf_ihb.models.pretrained import load_pretrained
+from hf_ihb.models.processing import student_processor
 from tests.analysis.conftest import PIXELS, SHAPE, measure, subject
 
 
@@ -49,3 +53,18 @@ def test_a_teacher_is_part_of_the_similarity_alone(student, cnn, split):
 
 def test_a_result_tells_the_settings_that_its_numbers_depend_on():
     assert set(CKAAnalysis.deciding_settings()) == {"rows_per_batch", "teacher_image_size"}
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "siglip2", "hiera", "swiftformer", "mobilenet-v1"])
+def test_a_repo_as_it_is_on_the_hub_is_compared_layer_by_layer(student, split, name, tmp_path):
+    family = TRANSFORMERS[name]
+    family.build().save_pretrained(tmp_path)
+    student_processor(MEAN, STD, (family.size, family.size)).save_pretrained(tmp_path)
+    found = measure(student, split, "cka", load_pretrained(str(tmp_path), needs_logits=None))["cka"]["matrices"][1]
+    assert found["columns"]["layers"] == list(range(len(family.sides)))
+
+
+def test_a_model_that_does_not_take_the_images_is_one_line(student, split):
+    vit = subject(ViTMSNModel(ViTMSNConfig(**SHAPE | {"num_channels": 4})))
+    with pytest.raises(ModelLoadError, match=r"model 'ViTMSNModel': expected one that takes images of \(3, 12, 12\)"):
+        measure(student, split, "cka", vit)
