@@ -164,6 +164,10 @@ TRANSFORMERS = {
     "vit-mae": _vit("ViTMAEConfig", "ViTMAEModel", "layers.{}", "layernorm"),
     "vit-msn": _vit("ViTMSNConfig", "ViTMSNForImageClassification", "vit.layers.{}", "vit.layernorm"),
     "ijepa": _vit("IJepaConfig", "IJepaForImageClassification", "ijepa.layers.{}", "ijepa.layernorm", 0),
+    "radio": _vit("RadioConfig", "RadioModel", "encoder.layer.{}", None, 10, max_img_size=64),
+    "tipsv2-vision": _vit("Tipsv2VisionConfig", "Tipsv2VisionModel", "encoder.layer.{}", "layernorm", 2),
+    "tipsv2": Family("transformers", ("Tipsv2Config", "Tipsv2Model"), {"vision_config": _VIT, "text_config": _TEXT}, 32,
+                     "encoder.layer.{}", (4, 4, 4), 2, "layernorm"),
     "pixio": _vit("PixioConfig", "PixioModel", "layers.{}", "layernorm", 8),
     "clip-vision": _towers("CLIPVisionConfig", "CLIPVisionModel", _VIT, 1),
     "clip": _towers("CLIPConfig", "CLIPModel", _CLIP, 1),
@@ -286,6 +290,10 @@ TIMM = {
     "deit": _timm("deit_tiny_distilled_patch16_224", _SMALL_VIT, 64, "blocks.{}", (4, 4, 4), "norm"),
     "beit": _timm("beit_base_patch16_224", _SMALL_VIT, 64, "blocks.{}", (4, 4, 4), "fc_norm"),
     "eva": _timm("eva02_tiny_patch14_224", _SMALL_VIT | {"img_size": 56}, 56, "blocks.{}", (4, 4, 4), "fc_norm"),
+    "eva-dinov3": _timm("vit_small_patch16_dinov3", _SMALL_VIT, 64, "blocks.{}", (4, 4, 4), "norm"),
+    "eva-pe": _timm("vit_pe_core_tiny_patch16_384", _SMALL_VIT, 64, "blocks.{}", (4, 4, 4), "norm"),
+    "eva-pe-spatial": _timm("vit_pe_spatial_tiny_patch16_512", _SMALL_VIT, 64, "blocks.{}", (4, 4, 4)),
+    "siglip": _timm("vit_base_patch16_siglip_224", _SMALL_VIT, 64, "blocks.{}", (4, 4, 4), "norm"),
     "vision_transformer_relpos": _timm("test_vit_relpos", {"img_size": 64}, 64, "blocks.{}", (4,) * 9, "fc_norm"),
     "cait": _timm("cait_xxs24_224", _SMALL_VIT, 64, "blocks.{}", (4, 4, 4), "norm"),
     "xcit": _timm("xcit_nano_12_p8_224", _SMALL_VIT, 64, "blocks.{}", (8, 8, 8), "norm"),
@@ -340,7 +348,10 @@ TIMM = {
                        (32, 16, 8, 4, 2)),
 }  # fmt: skip
 
-FAMILIES = {f"transformers/{name}": family for name, family in TRANSFORMERS.items()}
+# The oldest versions that are supported lack some of them.
+FAMILIES = {
+    f"transformers/{n}": family for n, family in TRANSFORMERS.items() if hasattr(transformers, family.made_of[1])
+}
 FAMILIES |= {f"timm/{name}": family for name, family in TIMM.items()}
 
 # Those that are trained: classifiers of as many kinds as there are.

@@ -16,6 +16,10 @@ from transformers import (
     ConvNextV2ForImageClassification,
     Dinov2Config,
     Dinov2Model,
+    DINOv3ConvNextConfig,
+    DINOv3ConvNextModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     set_seed,
 )
 
@@ -31,6 +35,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 DIGITS = [str(n) for n in range(10)]
+DINOV3 = ("facebook/dinov3-vits16-pretrain-lvd1689m", "facebook/dinov3-convnext-tiny-pretrain-lvd1689m")
 TRAIN_FROM_LABELS = {"adaptive_cnn", "resnet18", "convnextv2", "mnist", "deit", "vit", "ce_only"}
 
 # What was published, by run (batch is per GPU; SGD has Nesterov momentum 0.9).
@@ -156,11 +161,16 @@ def weights(tmp_path_factory):
     ConvNextV2ForImageClassification(convnext).save_pretrained(root / "facebook/convnextv2-tiny-1k-224")
     dino = Dinov2Config(hidden_size=16, num_hidden_layers=12, num_attention_heads=2, mlp_ratio=1, image_size=518)
     Dinov2Model(dino).save_pretrained(root / "facebook/dinov2-small")
+    small = {"hidden_size": 16, "num_hidden_layers": 12, "num_attention_heads": 2, "intermediate_size": 16}
+    dinov3 = DINOv3ViTConfig(**small, image_size=224, num_register_tokens=4)
+    DINOv3ViTModel(dinov3).save_pretrained(root / DINOV3[0])
+    dinov3 = DINOv3ConvNextConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 24, 32], image_size=224)
+    DINOv3ConvNextModel(dinov3).save_pretrained(root / DINOV3[1])
     processor = BitImageProcessor(
         size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}, image_mean=[0.485, 0.456, 0.406],
         image_std=[0.229, 0.224, 0.225],
     )  # fmt: skip
-    for name in ("facebook/convnextv2-tiny-1k-224", "facebook/dinov2-small"):
+    for name in ("facebook/convnextv2-tiny-1k-224", "facebook/dinov2-small", *DINOV3):
         processor.save_pretrained(root / name)
     return root
 
@@ -249,8 +259,9 @@ TEACHER_KEYS = {"method", "alpha", "temperature", "distilled_heads"}
 @pytest.mark.parametrize("folder", [RECIPES, RECIPES / "micro"], ids=["full", "micro"])
 def test_every_student_differs_from_its_control_only_in_what_the_teacher_needs(folder):
     control = recipe_of(folder / "ce_only.json")
-    for name in ("kd_adaptive_cnn", "kd_resnet18", "kd_convnextv2", "cka", "gram"):
-        keys = recipe_of(folder / f"{name}.json")
+    students = [folder / f"{name}.json" for name in ("kd_adaptive_cnn", "kd_resnet18", "kd_convnextv2", "cka", "gram")]
+    for name in students + (sorted((RECIPES / "teachers").glob("*.json")) if folder == RECIPES else []):
+        keys = recipe_of(name)
         extra = keys.keys() - control.keys()
         assert {k: keys[k] for k in control} == control, name
         prefixes = ("teacher_", "cka_", "gram_", "student_layers", "center_positions")

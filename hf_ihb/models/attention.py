@@ -94,7 +94,7 @@ def attention_geometry(model: PreTrainedModel, pixel_values: Tensor) -> Attentio
             has_cls |= name in _CLS_TOKENS
     if timm_model is None and (measured := _measured_prefix(model, pixel_values)) is not None:
         # AIMv2's head has a cls token of its own, which no block sees
-        prefix, has_cls = min(prefix, measured), has_cls and measured > 0
+        prefix, has_cls = measured, has_cls and measured > 0
     return AttentionGeometry((pixel_values.shape[-2] // side, pixel_values.shape[-1] // side), prefix, side, has_cls)
 
 

@@ -88,31 +88,37 @@ def probe(model: PreTrainedModel, pixel_values: Tensor, **kwargs: Any) -> ModelL
     if not indices:
         raise ValueError(f"{type(model).__name__}: expected blocks among its {len(states)} states, found none")
     maps = [call.output.shape for call in calls if call.output.ndim == 4]
-    blocks = _layouts(states, indices, maps, tuple(image.shape[-2:]))
-    if blocks[0].num_prefix_tokens:
-        _check_order(model, image, kwargs, outputs.hidden_states[: indices[0]])
+    stem = (getattr(outputs, "hidden_states", None) or ())[: indices[0]]
+    patches = _patches_of_stem(model, image, kwargs, stem)
+    blocks = _layouts(states, indices, maps, tuple(image.shape[-2:]), patches)
     last = last_maker(model, makers[indices[-1]], calls)
     return ModelLayout(blocks, _norm_after(last, blocks[-1].width, calls))
 
 
-def _check_order(model: nn.Module, image: Tensor, kwargs: dict[str, Any], stem: Sequence[Tensor]) -> None:
-    """Sees that the last patch is the last token before the blocks; where they mix at once, there is nothing to see.
+def _patches_of_stem(model: nn.Module, image: Tensor, kwargs: dict[str, Any], stem: Sequence[Tensor]) -> range | None:
+    """Which tokens are patches before the first block: those that another image changes.
+
+    None where there are no tokens before it, or where they are mixed already, and there is nothing to see.
 
     Raises:
         ValueError: If other tokens follow the patches.
     """
-    if not stem:
-        return
-    other = image.clone()
-    other[..., -1, -1] += 1.0
+    if not stem or stem[-1].ndim != 3:
+        return None
+    noise = torch.rand(image.shape, generator=torch.Generator().manual_seed(0))  # not the run's random numbers
+    other = image + noise.to(image.device, image.dtype)
     with torch.no_grad(), _in_eval_mode(model), _unseen(model):
         states = model(pixel_values=other, output_hidden_states=True, **kwargs).hidden_states
-    changed = (states[len(stem) - 1] != stem[-1]).flatten(2).any(-1)[0]
-    if changed.any() and not changed[-1]:
-        behind = len(changed) - 1 - int(changed.nonzero().max())
+    changed = (states[len(stem) - 1] != stem[-1]).any(-1)[0]
+    if changed.all() or not changed.any():
+        return None
+    first, last = changed.nonzero()[[0, -1]].flatten().tolist()
+    if not changed[-1]:
         raise ValueError(
-            f"{type(model).__name__}: expected patches as its last tokens, found {behind} others after them"
+            f"{type(model).__name__}: expected patches as its last tokens, found {len(changed) - 1 - last} others "
+            "after them"
         )
+    return range(first, last + 1)
 
 
 def states_of(outputs: Any) -> Sequence[Tensor]:
@@ -182,7 +188,11 @@ def _watched(model: nn.Module) -> Any:
 
 
 def _layouts(
-    states: Sequence[Tensor], indices: Sequence[int], maps: Sequence[torch.Size], size: tuple[int, int]
+    states: Sequence[Tensor],
+    indices: Sequence[int],
+    maps: Sequence[torch.Size],
+    size: tuple[int, int],
+    patches: range | None,
 ) -> tuple[StateLayout, ...]:
     found = [states[i] for i in indices]
     lasts = [_is_channels_last(state, size) for state in found if state.ndim == 4]
@@ -195,7 +205,8 @@ def _layouts(
             grid = tuple(state.shape[1:3] if own else state.shape[2:])
             kind, prefix, width = ("map_last" if own else "map"), 0, state.shape[3 if own else 1]
         elif state.ndim == 3:
-            grid = _grid_of_tokens(state.shape[1], maps, size)
+            is_known = patches is not None and patches.stop == state.shape[1]
+            grid = _grid_of_patches(len(patches), size) if is_known else _grid_of_tokens(state.shape[1], maps, size)
             kind, prefix, width = "tokens", state.shape[1] - grid[0] * grid[1], state.shape[2]
         else:
             raise ValueError(f"expected states of tokens or maps, found one of shape {tuple(state.shape)}")
@@ -212,6 +223,15 @@ def _is_channels_last(state: Tensor, size: tuple[int, int]) -> bool | None:
     """None where both readings are as good."""
     last, first = _skew(state.shape[1:3], size), _skew(state.shape[2:], size)
     return None if math.isclose(last, first) else last < first
+
+
+def _grid_of_patches(count: int, size: tuple[int, int]) -> tuple[int, int]:
+    """The grid of so many patches whose shape is nearest to that of the images."""
+    grids = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
+    grid = min(grids, key=lambda g: _skew(g, size))
+    if not _fits_shape(grid, size):
+        raise ValueError(f"{count} patches form no grid of the shape of {size[0]} x {size[1]} px images")
+    return grid
 
 
 def _grid_of_tokens(count: int, maps: Sequence[torch.Size], size: tuple[int, int]) -> tuple[int, int]:

@@ -390,12 +390,23 @@ def test_a_model_whose_attention_does_not_span_the_grid_is_refused(name):
         cls_attention_maps(model, torch.randn(1, 3, 32, 32))
 
 
-def test_tokens_that_nothing_accounts_for_are_refused():
+def test_tokens_before_the_patches_are_measured_whatever_they_are_called():
     model = TRANSFORMERS["dinov2-registers"][0]().eval()
     tokens = model.embeddings.register_tokens
     del model.embeddings.register_tokens
     model.embeddings.register_buffer("register_tokens", tokens.data)  # no parameter any more
-    with pytest.raises(ModelLoadError, match=r"expected attention over 17 tokens \(4 x 4 patches and 1 .*found 21"):
+    shapes = []
+    capture_attention(model, torch.randn(1, 3, 32, 32), lambda _, attention: shapes.append(attention.shape[-2:]))
+    assert set(shapes) == {(21, 21)}
+    assert attention_geometry(model, torch.randn(1, 3, 32, 32)).num_prefix_tokens == 5
+
+
+def test_tokens_that_nothing_accounts_for_are_refused():
+    model = TIMM["timm-registers"][0]().eval()
+    tokens = model.timm_model.reg_token
+    del model.timm_model.reg_token
+    model.timm_model.register_buffer("reg_token", tokens.data)  # no parameter any more
+    with pytest.raises(ModelLoadError, match=r"expected attention over 17 tokens \(4 x 4 patches and 1 .*found 20"):
         capture_attention(model, torch.randn(1, 3, 32, 32), lambda *_: None)
 
 

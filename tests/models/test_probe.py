@@ -4,14 +4,17 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import (
     SwiftFormerConfig,
     SwiftFormerForImageClassification,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
+    ViTConfig,
     ViTMAEConfig,
     ViTMAEModel,
+    ViTModel,
     YolosConfig,
     YolosModel,
 )
@@ -76,3 +79,24 @@ def test_a_final_batch_norm_counts_each_batch_once(generator):
     channels = output.final_tokens.flatten(0, 1)  # normed by the batch's own statistics, as in the model
     norm = nn.BatchNorm1d(8, affine=False)
     torch.testing.assert_close(norm(channels), channels / student.norm.weight, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "RadioModel"), reason="the installed transformers has no RADIO")
+@pytest.mark.parametrize("registers", [2, 6])
+def test_registers_that_make_up_a_grid_of_their_own_are_no_patches(registers, generator):
+    config = transformers.RadioConfig(
+        image_size=32, max_img_size=32, num_cls_tokens=3, num_registers=registers, **SHAPE
+    )
+    model = transformers.RadioModel(config).eval()  # it embeds patches by a linear map: no grid is seen on the way
+    pixels = torch.randn(1, 3, 32, 32, generator=generator)
+    _, (found,) = extract_features(model, pixels, [-1])
+    assert found.grid == (4, 4)
+    assert found.num_prefix_tokens == 3 + registers
+
+
+@torch.no_grad()
+def test_an_image_that_no_patch_covers_whole_has_its_patches_found(generator):
+    model = ViTModel(ViTConfig(image_size=32, **SHAPE)).eval()
+    pixels = torch.randn(1, 3, 37, 37, generator=generator)  # 4 x 4 patches of 8 px, and 5 px that nobody sees
+    _, (found,) = extract_features(model, pixels, [-1], interpolate_pos_encoding=True)
+    assert (found.grid, found.num_prefix_tokens) == ((4, 4), 1)
