@@ -40,7 +40,10 @@ STRUCTURAL = ("--teacher_layers", "1", "2", "3", "--teacher_norm", "false", "--t
 STUDENTS = {
     CONTROL: Arm("ce_only"),
     "kd_resnet18": Arm("kd_resnet18", "resnet18"),
+    "dkd": Arm("kd_resnet18", "resnet18", ("--alpha", "0", "--dkd_weight", "1")),
+    "rsd": Arm("cka", "resnet18", ("--cka_weight", "0", "--rsd_weight", "1")),
     "cka": Arm("cka", "resnet18"),
+    "kd_cka": Arm("cka", "resnet18", ("--alpha", "0.5", "--temperature", "2", "--distilled_heads", "both")),
     "gram": Arm("gram", "resnet18"),
     "cka_untrained": Arm("cka", "resnet18", ("--teacher_control", "untrained")),
     "cka_shuffled": Arm("cka", "resnet18", ("--teacher_control", "shuffled")),
