@@ -28,6 +28,19 @@ def set_classes(config: Any, names: Sequence[str]) -> None:
             setattr(config, key, value)
 
 
+def class_names(config: Any) -> list[str]:
+    """Names of a model's classes in the order of its scores, whatever the order of its ``id2label``.
+
+    Raises:
+        ValueError: If the classes are not numbered from 0 without a gap.
+    """
+    numbers = {int(number): str(name) for number, name in config.id2label.items()}
+    if sorted(numbers) != list(range(len(numbers))):
+        shown = ", ".join(map(str, sorted(numbers)[:8])) + (", ..." if len(numbers) > 8 else "")
+        raise ValueError(f"key 'id2label' of its config: expected classes numbered from 0 without a gap, found {shown}")
+    return [numbers[number] for number in range(len(numbers))]
+
+
 def check_classes(model: PreTrainedModel, names: Sequence[str]) -> None:
     """Sees that a student answers with these classes, that its config says so, and that this is what will be read back.
 

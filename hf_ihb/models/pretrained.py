@@ -24,6 +24,7 @@ import hf_ihb.models.timm_cifar  # noqa: F401  registers resnet18_cifar
 from hf_ihb.access import fetch_file, resolve_commit
 from hf_ihb.config.data import DataArguments
 from hf_ihb.errors import DataError, ModelLoadError, TeacherMismatchError
+from hf_ihb.models.classes import class_names
 from hf_ihb.models.files import UNREADABLE, model_files
 from hf_ihb.models.images import take_images
 from hf_ihb.models.processing import PixelFormat, pixel_format
@@ -231,7 +232,10 @@ def label_permutation(config: Any, names: Sequence[str], who: str, assume_same_o
         TeacherMismatchError: If number or names of the classes do not match.
     """
     names = list(names)
-    theirs = [str(config.id2label[i]) for i in range(len(config.id2label))]
+    try:
+        theirs = class_names(config)
+    except ValueError as error:
+        raise TeacherMismatchError(f"{who}: {error}") from error
     if len(theirs) != len(names):
         raise TeacherMismatchError(
             f"{who}: expected {len(names)} classes ({_listed(names)}), found {len(theirs)} ({_listed(theirs)})"

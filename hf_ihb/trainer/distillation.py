@@ -10,6 +10,7 @@ from transformers import DeiTForImageClassification, PreTrainedModel, TrainingAr
 
 from hf_ihb.errors import RecipeError
 from hf_ihb.methods import SharedKeys, methods_of
+from hf_ihb.models.classes import class_names
 from hf_ihb.models.correspondence import Correspondence, correspond
 from hf_ihb.models.module import StudentModule
 from hf_ihb.models.processing import pixel_format
@@ -84,7 +85,7 @@ class DistillationTrainer(SupervisedTrainer):
             dtype = torch.bfloat16
         self.teacher.to(self.args.device, dtype)
         if self.needs_logits and not ready:
-            self.teacher.align_labels(list(self.student.config.id2label.values()))
+            self.teacher.align_labels(class_names(self.student.config))
 
     @property
     def needs_logits(self) -> bool:

@@ -16,6 +16,7 @@ from hf_ihb.config.names import LOCAL_PREFIX
 from hf_ihb.config.secrets import is_token_key
 from hf_ihb.errors import HfIhbError, HubPushError
 from hf_ihb.hub import again, push_staged, run_card, stage_run
+from hf_ihb.models.classes import class_names
 from hf_ihb.runs.environment import environment
 from hf_ihb.runs.files import write_json
 from hf_ihb.runs.folder import CARD_FILE, HISTORY_FILE, RECIPE_FILE
@@ -93,7 +94,7 @@ class Publishing:
         trainer = self.trainer
         splits = {"train": trainer.train_dataset, "validation": trainer.eval_dataset, "test": None}
         sizes = {name: len(split) if hasattr(split, "__len__") else 0 for name, split in splits.items()}
-        labels = [str(name) for name in trainer.student.config.id2label.values()]
+        labels = class_names(trainer.student.config)
         return {"name": f"{LOCAL_PREFIX}unnamed", "revision": None, "label_names": labels, **sizes}
 
     def push(

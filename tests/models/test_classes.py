@@ -1,6 +1,7 @@
 """Number and names of a student's classes, in the model and in what is saved of it, for every family."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -12,11 +13,12 @@ from transformers import (
     ConvNextV2ForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
+    ViTConfig,
 )
 
 from hf_ihb.config.model import ModelArguments
 from hf_ihb.errors import ModelLoadError
-from hf_ihb.models.classes import check_classes
+from hf_ihb.models.classes import check_classes, class_names
 from hf_ihb.models.processing import student_processor
 from hf_ihb.models.student import build_student
 from tests.models.test_module import FAMILIES
@@ -92,3 +94,9 @@ def test_a_model_that_answers_otherwise_is_refused_in_one_line():
     vit.config.id2label, vit.config.image_size = dict(enumerate(NAMES[4])), 20
     with pytest.raises(ModelLoadError, match=r"expected it to take images of \(3, 20, 20\) .*: Input image"):
         check_classes(vit, NAMES[4])
+
+
+def test_names_are_in_the_order_of_the_scores_whatever_the_order_of_id2label():
+    assert class_names(ViTConfig(id2label={1: "dog", 2: "owl", 0: "cat"})) == ["cat", "dog", "owl"]
+    with pytest.raises(ValueError, match=r"key 'id2label'.*numbered from 0 without a gap, found 0, 2$"):
+        class_names(SimpleNamespace(id2label={0: "cat", 2: "dog"}))

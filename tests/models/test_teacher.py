@@ -14,10 +14,12 @@ from transformers import (
     ViTModel,
 )
 
+from hf_ihb import LogitDistillationTrainer, LogitDistillationTrainingArguments
 from hf_ihb.config.model import ModelArguments, TeacherArguments
+from hf_ihb.data import ImageSplit
 from hf_ihb.errors import ModelLoadError, NumericsError, TeacherMismatchError
 from hf_ihb.models.features import extract_features
-from hf_ihb.models.processing import PixelFormat, pixel_format
+from hf_ihb.models.processing import PixelFormat, pixel_format, student_processor
 from hf_ihb.models.student import build_student
 from hf_ihb.models.teacher import Teacher, load_teacher
 
@@ -72,6 +74,20 @@ def test_scores_are_brought_into_the_students_order_by_name(tmp_path, pixels, th
     for i, name in enumerate(NAMES):
         column = [n.strip().lower().replace("_", " ") for n in theirs].index(name)
         torch.testing.assert_close(teacher.logits(pixels)[:, i], logits[:, column])
+
+
+def test_a_student_that_lists_its_classes_in_another_order_is_taught_class_by_class(pixels, tmp_path):
+    student = vit(NAMES)
+    student.config.id2label = {2: NAMES[2], 0: NAMES[0], 1: NAMES[1]}
+    teacher = vit([NAMES[1], NAMES[2], NAMES[0]])
+    args = LogitDistillationTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    split = ImageSplit(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4) % 3, NAMES)
+    made = student_processor([0.5] * 3, [0.5] * 3, (32, 32))
+    trainer = LogitDistillationTrainer(
+        student, args, train_dataset=split, processing_class=made, teacher_model=teacher, teacher_processor=made
+    )
+    logits = teacher(pixels).logits
+    torch.testing.assert_close(trainer.teacher.logits(pixels), logits[:, [2, 0, 1]])
 
 
 def test_another_number_of_classes_is_refused_with_both_lists(tmp_path):
