@@ -105,8 +105,9 @@ def run(words: list[str], folder: Path) -> dict[str, Any]:
     said = (done.stderr or done.stdout).strip().splitlines()
     if done.returncode != 0:
         return {"failed": said[-1][:200] if said else f"exit code {done.returncode}"}
-    found = json.loads((folder / "evaluation.json").read_text("utf-8"))
+    found, recipe = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("evaluation", "recipe"))
     result = {
+        "commit": recipe["environment"]["commit"],
         "accuracy": found["test"]["accuracy"],
         "validation_accuracy": found["validation"]["accuracy"],
         "train_seconds": found["train_seconds"],
