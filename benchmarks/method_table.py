@@ -112,10 +112,15 @@ def run(words: list[str], folder: Path) -> dict[str, Any]:
         "validation_accuracy": found["validation"]["accuracy"],
         "train_seconds": found["train_seconds"],
         "seconds": time.perf_counter() - started,
-        "command": " ".join(words[1:]).replace(str(ROOT) + "/", ""),
+        "command": shown(words[1:]),
     }
     record.write_text(json.dumps(result, indent=1), "utf-8")
     return result
+
+
+def shown(words: list[str]) -> str:
+    """A command without the folders of this machine."""
+    return " ".join(Path(word).name if word.startswith("/") else word for word in words)
 
 
 def standard_error(accuracy: float) -> float:
@@ -175,7 +180,7 @@ def write(args: argparse.Namespace, runs: dict[str, dict[str, Any]], teachers: d
     """Results as JSON and as a table."""
     from hf_ihb.runs.environment import environment
 
-    about = {"command": " ".join(["python", *sys.argv]), "environment": environment("cpu"), "steps": args.steps}
+    about = {"command": f"python {shown(sys.argv)}", "environment": environment("cpu"), "steps": args.steps}
     minutes = sum(r.get("seconds", 0) for r in (*runs.values(), *teachers.values())) / 60
     record = about | {"minutes": minutes, "teachers": teachers, "runs": runs}
     (RESULTS / f"{args.name}.json").write_text(json.dumps(record, indent=1), "utf-8")
