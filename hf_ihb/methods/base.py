@@ -30,6 +30,11 @@ class SharedKeys(Checked):
         "Learning from class scores: 'distillation': labels teach the cls head and the teacher the distillation head; "
         "'both': both teach both.",
     )
+    logit_standardization: bool = key(
+        False,
+        "Learning from class scores: those of student and teacher with mean 0 and deviation 1 over the classes of each "
+        "image, before any temperature (published with 2), so that the student need not take on the teacher's scale.",
+    )
     student_layers: list[int] = key(
         [5, 8, 11], "Student blocks whose outputs are compared.", unit=_BLOCKS, words={"last": -1}
     )
