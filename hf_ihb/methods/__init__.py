@@ -7,6 +7,7 @@ from hf_ihb.methods.cka import CKA
 from hf_ihb.methods.dkd import DKD
 from hf_ihb.methods.gram import Gram
 from hf_ihb.methods.logits import LogitDistillation
+from hf_ihb.methods.nkd import NKD
 from hf_ihb.methods.relation import Relation
 from hf_ihb.methods.rsd import RSD
 from hf_ihb.methods.token import Token
@@ -14,6 +15,7 @@ from hf_ihb.methods.token import Token
 METHODS: tuple[type[Method], ...] = (
     LogitDistillation,
     DKD,
+    NKD,
     CKA,
     Gram,
     Token,
