@@ -4,6 +4,7 @@ from typing import Any
 
 from hf_ihb.methods.base import Method, SharedKeys
 from hf_ihb.methods.cka import CKA
+from hf_ihb.methods.dist import DIST
 from hf_ihb.methods.dkd import DKD
 from hf_ihb.methods.gram import Gram
 from hf_ihb.methods.logits import LogitDistillation
@@ -16,6 +17,7 @@ METHODS: tuple[type[Method], ...] = (
     LogitDistillation,
     DKD,
     NKD,
+    DIST,
     CKA,
     Gram,
     Token,
