@@ -11,6 +11,7 @@ from hf_ihb.methods.logits import LogitDistillation
 from hf_ihb.methods.nkd import NKD
 from hf_ihb.methods.relation import Relation
 from hf_ihb.methods.rsd import RSD
+from hf_ihb.methods.sp import SP
 from hf_ihb.methods.token import Token
 
 METHODS: tuple[type[Method], ...] = (
@@ -23,6 +24,7 @@ METHODS: tuple[type[Method], ...] = (
     Token,
     Relation,
     RSD,
+    SP,
 )
 
 
