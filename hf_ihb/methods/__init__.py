@@ -10,6 +10,7 @@ from hf_ihb.methods.gram import Gram
 from hf_ihb.methods.logits import LogitDistillation
 from hf_ihb.methods.nkd import NKD
 from hf_ihb.methods.relation import Relation
+from hf_ihb.methods.rkd import RKD
 from hf_ihb.methods.rsd import RSD
 from hf_ihb.methods.sp import SP
 from hf_ihb.methods.token import Token
@@ -25,6 +26,7 @@ METHODS: tuple[type[Method], ...] = (
     Relation,
     RSD,
     SP,
+    RKD,
 )
 
 
