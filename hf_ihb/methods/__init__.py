@@ -6,6 +6,7 @@ from hf_ihb.methods.base import Method, SharedKeys
 from hf_ihb.methods.cka import CKA
 from hf_ihb.methods.dist import DIST
 from hf_ihb.methods.dkd import DKD
+from hf_ihb.methods.feature_mse import FeatureMSE
 from hf_ihb.methods.gram import Gram
 from hf_ihb.methods.logits import LogitDistillation
 from hf_ihb.methods.nkd import NKD
@@ -24,6 +25,7 @@ METHODS: tuple[type[Method], ...] = (
     CKA,
     Gram,
     Token,
+    FeatureMSE,
     Relation,
     RSD,
     SP,
