@@ -11,6 +11,7 @@ from hf_ihb.methods.gram import Gram
 from hf_ihb.methods.logits import LogitDistillation
 from hf_ihb.methods.nkd import NKD
 from hf_ihb.methods.pkt import PKT
+from hf_ihb.methods.procrustes import Procrustes
 from hf_ihb.methods.relation import Relation
 from hf_ihb.methods.rkd import RKD
 from hf_ihb.methods.rsd import RSD
@@ -31,6 +32,7 @@ METHODS: tuple[type[Method], ...] = (
     SP,
     RKD,
     PKT,
+    Procrustes,
 )
 
 
