@@ -94,8 +94,8 @@ class LogitDistillation(LogitMethod):
         asked = self.shared.method == "logits" or (self.alpha or 0) > 0
         return asked or (self.alpha_schedule != "constant" and self.alpha_start > 0)
 
-    def weight(self, epoch: float, num_epochs: float) -> float:
-        """Alpha at a (fractional) epoch of a training."""
+    def risen_weight(self, epoch: float, num_epochs: float) -> float:
+        """Alpha after its warm-up, by its schedule."""
         return scheduled_alpha(
             epoch,
             num_epochs,
