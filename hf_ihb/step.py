@@ -174,6 +174,10 @@ class Step:
             return torch.ones(len(self.pixel_values), device=self.pixel_values.device)
         return self.unmixed
 
+    def classes(self) -> Tensor:
+        """``(B,)`` int64 class of each image, of class probabilities the likeliest."""
+        return self.labels if self.labels.ndim == 1 else self.labels.argmax(-1)
+
     def gathered(self, *tensors: Tensor) -> list[Tensor]:
         """Rows of all processes of some tensors ``(B, ...)``."""
         return [t if self.gather is None else self.gather(t) for t in tensors]

@@ -22,6 +22,9 @@ def _check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
 # where e^u - 1 - u is summed as a series, and its last term: 2 * 0.5^12 / 14! is below the rounding of float64
 _NEAR, _LAST_TERM = 0.5, 14
 
+# scores of a head that is 0 are all the same, and the gradient to them 1 / sqrt(floor) at most
+_VARIANCE_FLOOR = 1e-6
+
 
 def tilted_divergence(log_probabilities: Tensor, difference: Tensor) -> tuple[Tensor, Tensor]:
     """``KL(p || q)`` where q is p tilted by a difference of scores: ``q_i ~ p_i exp(d_i)``.
@@ -54,6 +57,26 @@ def _excess(u: Tensor) -> Tensor:
     for n in range(_LAST_TERM, 2, -1):
         series = 1 + u / n * series
     return u.square() / 2 * series
+
+
+def standardized_logits(logits: Tensor) -> Tensor:
+    """``(z - mean z) / std z`` over the classes of each row: what it says of them without its level and its scale.
+
+    Args:
+        logits: ``(B, K)``, K > 1.
+
+    Returns:
+        ``(B, K)`` float32 (float64 for float64), of mean 0 and variance K - 1 over K; 0 where all scores are the same.
+
+    References:
+        Sun et al., 2024, https://arxiv.org/abs/2403.01427, where 1e-7 is added to the deviation
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        centered = _float(logits)
+        centered = centered - centered.mean(dim=-1, keepdim=True)
+        variance = centered.square().sum(dim=-1, keepdim=True) / (logits.shape[-1] - 1)
+        # a floor under the variance: the deviation itself has no gradient at 0
+        return centered * (variance + _VARIANCE_FLOOR).rsqrt()
 
 
 def kd_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

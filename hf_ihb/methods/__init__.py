@@ -4,21 +4,35 @@ from typing import Any
 
 from hf_ihb.methods.base import Method, SharedKeys
 from hf_ihb.methods.cka import CKA
+from hf_ihb.methods.dist import DIST
 from hf_ihb.methods.dkd import DKD
+from hf_ihb.methods.feature_mse import FeatureMSE
 from hf_ihb.methods.gram import Gram
 from hf_ihb.methods.logits import LogitDistillation
+from hf_ihb.methods.nkd import NKD
+from hf_ihb.methods.pkt import PKT
+from hf_ihb.methods.procrustes import Procrustes
 from hf_ihb.methods.relation import Relation
+from hf_ihb.methods.rkd import RKD
 from hf_ihb.methods.rsd import RSD
+from hf_ihb.methods.sp import SP
 from hf_ihb.methods.token import Token
 
 METHODS: tuple[type[Method], ...] = (
     LogitDistillation,
     DKD,
+    NKD,
+    DIST,
     CKA,
     Gram,
     Token,
+    FeatureMSE,
     Relation,
     RSD,
+    SP,
+    RKD,
+    PKT,
+    Procrustes,
 )
 
 

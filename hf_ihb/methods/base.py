@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from hf_ihb.config.fields import Checked, Range, is_key, key
+from hf_ihb.config.fields import NON_NEGATIVE, POSITIVE, Checked, Range, is_key, key
 from hf_ihb.functional.gram import TokenGram
-from hf_ihb.methods.schedules import warmup_factor
+from hf_ihb.methods.schedules import fade_factor, warmup_factor
 from hf_ihb.step import Needs, Step, StudentOutput
 
 _BLOCKS = "0-based block index; -1 or 'last' is the last block"
@@ -25,10 +25,36 @@ class SharedKeys(Checked):
     distillation_warmup_type: Literal["linear", "step"] = key(
         "linear", "How distillation losses reach their weight over their warm-up epochs."
     )
+    distillation_fade_epochs: float = key(
+        0.0,
+        "Epochs over which the weight of every method falls steadily to 0, up to distillation_stop_epoch or the end of "
+        "training; alpha falls, too, and the labels get what it leaves.",
+        within=NON_NEGATIVE,
+        unit="epochs",
+    )
+    distillation_stop_epoch: float | None = key(
+        None,
+        "When every method has lost its weight and labels teach alone; never if not given.",
+        within=POSITIVE,
+        unit="epochs",
+    )
+    uncertainty_weighting: float | None = key(
+        None,
+        "Temperature of soft optimal uncertainty weighting: every loss, the labels' too, gets a share beside its "
+        "weight, the softmax over 1 / (temperature * loss). Shares have no gradient and no parameters, and are those "
+        "of the micro-batch of all processes. None if not given.",
+        within=POSITIVE,
+        unit="1 / nats",
+    )
     distilled_heads: Literal["distillation", "both"] = key(
         "distillation",
         "Learning from class scores: 'distillation': labels teach the cls head and the teacher the distillation head; "
         "'both': both teach both.",
+    )
+    logit_standardization: bool = key(
+        False,
+        "Learning from class scores: those of student and teacher with mean 0 and deviation 1 over the classes of each "
+        "image, before any temperature (published with 2), so that the student need not take on the teacher's scale.",
     )
     student_layers: list[int] = key(
         [5, 8, 11], "Student blocks whose outputs are compared.", unit=_BLOCKS, words={"last": -1}
@@ -127,6 +153,12 @@ class Method(Checked):
 
     def weight(self, epoch: float, num_epochs: float) -> float:
         """Weight of its loss at a (fractional) epoch of a training."""
+        shared = self.shared
+        fade = fade_factor(epoch, num_epochs, shared.distillation_fade_epochs, shared.distillation_stop_epoch)
+        return self.risen_weight(epoch, num_epochs) * fade
+
+    def risen_weight(self, epoch: float, num_epochs: float) -> float:
+        """Weight of its loss after its warm-up, and before any fall."""
         warmup = getattr(self, f"{self.name}_warmup_epochs", 0.0)
         factor = warmup_factor(epoch, warmup, self.shared.distillation_warmup_type)
         return getattr(self, f"{self.name}_weight") * factor

@@ -44,10 +44,9 @@ class DKD(LogitMethod):
 
     def head_loss(self, logits: Tensor, step: Step) -> Tensor:
         """Of one head's logits ``(B, K)``."""
-        labels = step.labels if step.labels.ndim == 1 else step.labels.argmax(-1)
         with torch.autocast(logits.device.type, enabled=False):
             student, teacher = (x.float() / self.dkd_temperature for x in (logits, step.teacher.logits))
-            binary, others = _divergences(student, teacher, labels)
+            binary, others = _divergences(student, teacher, step.classes())
             return self.dkd_temperature**2 * (self.dkd_alpha * binary + self.dkd_beta * others).mean()
 
     def describe(self) -> str:

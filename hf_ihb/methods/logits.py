@@ -1,13 +1,13 @@
 """Distillation of class scores, soft or hard."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from hf_ihb.config.fields import FRACTION, NON_NEGATIVE, POSITIVE, key
-from hf_ihb.functional.logits import hard_distillation_loss, kd_divergence
+from hf_ihb.functional.logits import hard_distillation_loss, kd_divergence, standardized_logits
 from hf_ihb.methods.base import Method
 from hf_ihb.methods.schedules import scheduled_alpha
 from hf_ihb.step import Needs, Step, StudentOutput
@@ -15,7 +15,11 @@ from hf_ihb.step import Needs, Step, StudentOutput
 
 @dataclass
 class LogitMethod(Method):
-    """A method that learns from class scores by the heads that `distilled_heads` names, and is the mean over them."""
+    """A method that learns from class scores by the heads that `distilled_heads` names, and is the mean over them.
+
+    With `logit_standardization` each of them and the teacher are compared by their standardised scores (Sun et al.,
+    2024, https://arxiv.org/abs/2403.01427).
+    """
 
     @property
     def needs(self) -> Needs:
@@ -24,8 +28,17 @@ class LogitMethod(Method):
 
     def loss(self, student: StudentOutput, step: Step) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Mean of `head_loss` over the heads that learn from the teacher."""
-        heads = student.distilled(self.shared.distilled_heads)
+        step = self.compared_step(step)
+        heads = map(self.compared, student.distilled(self.shared.distilled_heads))
         return torch.stack([self.head_loss(logits, step) for logits in heads]).mean()
+
+    def compared(self, logits: Tensor) -> Tensor:
+        """``(B, K)`` logits of either side as they are compared: standardised where that is asked for."""
+        return standardized_logits(logits) if self.shared.logit_standardization else logits
+
+    def compared_step(self, step: Step) -> Step:
+        """The step with the teacher's logits as they are compared."""
+        return replace(step, teacher=replace(step.teacher, logits=self.compared(step.teacher.logits)))
 
     def head_loss(self, logits: Tensor, step: Step) -> Tensor:
         """The loss of one head's logits ``(B, K)``, a scalar."""
@@ -81,8 +94,8 @@ class LogitDistillation(LogitMethod):
         asked = self.shared.method == "logits" or (self.alpha or 0) > 0
         return asked or (self.alpha_schedule != "constant" and self.alpha_start > 0)
 
-    def weight(self, epoch: float, num_epochs: float) -> float:
-        """Alpha at a (fractional) epoch of a training."""
+    def risen_weight(self, epoch: float, num_epochs: float) -> float:
+        """Alpha after its warm-up, by its schedule."""
         return scheduled_alpha(
             epoch,
             num_epochs,

@@ -7,12 +7,11 @@ from torch import Tensor
 
 from hf_ihb.config.fields import NON_NEGATIVE, POSITIVE, key
 from hf_ihb.functional.tokens import correlation_divergence
-from hf_ihb.methods.base import Method, TokenPair
-from hf_ihb.step import Needs, Step, StudentOutput
+from hf_ihb.methods.pooled import PooledMethod
 
 
 @dataclass
-class Relation(Method):
+class Relation(PooledMethod):
     """Divergence between the similarities of each image, its mean token, to the others of the batch of all processes.
 
     The mean tokens are of the student's last block after its final norm, and of the deepest of `teacher_layers` after
@@ -44,17 +43,10 @@ class Relation(Method):
         """What it stands on."""
         return (("Relations between images: Fang et al., 2021", "2101.04731"),)
 
-    @property
-    def needs(self) -> Needs:
-        """The tokens of the last block, after the final norms."""
-        return Needs(final=True, because="relation_weight", statistics=True)
-
-    def loss(self, student: StudentOutput, step: Step) -> Tensor:
+    def batch_loss(self, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
         """A scalar."""
-        pair = TokenPair(student.final_tokens, *step.teacher.final)
-        own, other, weight = step.gathered(*pair.image_means(), step.weight())
         return correlation_divergence(
-            own, other, self.relation_temperature, mask=weight > 0, include_self=self.relation_include_self
+            student, teacher, self.relation_temperature, mask=weight > 0, include_self=self.relation_include_self
         )
 
     def describe(self) -> str:

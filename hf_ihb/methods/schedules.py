@@ -1,6 +1,13 @@
 """How the weight of a loss goes over training."""
 
 import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+# losses below this weigh as much as this: debiased ones may be below 0
+_FLOOR = 1e-6
 
 
 def warmup_factor(epoch: float, warmup_epochs: float, kind: str) -> float:
@@ -14,6 +21,45 @@ def warmup_factor(epoch: float, warmup_epochs: float, kind: str) -> float:
     if epoch >= warmup_epochs:
         return 1.0
     return epoch / warmup_epochs if kind == "linear" else 0.0
+
+
+def fade_factor(epoch: float, num_epochs: float, fade_epochs: float, stop_epoch: float | None) -> float:
+    """Share of a loss's weight at a (fractional) epoch: 1, then steadily falling to 0, and 0 after it.
+
+    Args:
+        epoch: Epochs trained so far, >= 0.
+        num_epochs: Epochs of the whole training.
+        fade_epochs: Length of the fall; 0 goes from 1 to 0 at once.
+        stop_epoch: Where it has fallen; the end of training if None.
+    """
+    end = num_epochs if stop_epoch is None else stop_epoch
+    if fade_epochs == 0:
+        return float(stop_epoch is None or epoch < stop_epoch)
+    return min(max((end - epoch) / fade_epochs, 0.0), 1.0)
+
+
+def uncertainty_shares(
+    losses: Mapping[str, Tensor], temperature: float, mean: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Soft optimal uncertainty weighting: ``w_k = exp(1 / (T L_k)) / sum_j exp(1 / (T L_j))``, without gradients.
+
+    The smaller a loss, the larger its share; at a high temperature all are the same.
+
+    Args:
+        losses: Scalars by their names, > 0; those below 1e-6 count as 1e-6.
+        temperature: T > 0, in units of 1 over a loss.
+        mean: Of a tensor over processes.
+
+    Returns:
+        Shares by the same names, float32 scalars that sum to 1.
+
+    References:
+        Kirchdorfer et al., 2024, https://arxiv.org/abs/2408.07985
+    """
+    if not losses:
+        return {}
+    values = mean(torch.stack([loss.detach().float() for loss in losses.values()]))
+    return dict(zip(losses, (1 / (temperature * values.clamp_min(_FLOOR))).softmax(dim=0).unbind(), strict=True))
 
 
 def scheduled_alpha(

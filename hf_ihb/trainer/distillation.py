@@ -24,12 +24,15 @@ from hf_ihb.trainer.supervised import SupervisedTrainer
 from hf_ihb.trainer.teacher_cache import TeacherCache
 from hf_ihb.trainer.teacher_scores import TeacherScores
 from hf_ihb.trainer.teacher_side import TeacherSide
+from hf_ihb.trainer.weighing import LossWeights
 
 
 class DistillationTrainer(SupervisedTrainer):
     """Trains a student by the methods whose weight is above 0.
 
     ``loss = task_loss_weight * ((1 - alpha) * CE + alpha * KD) + sum of weight * schedule * method``
+
+    With `uncertainty_weighting` each of these losses has a share beside its weight.
 
     The teacher is asked once for each distinct view. Where it sees the stored image, what it says is a constant: it is
     computed once, kept on disk by the image's place in the training set, and read in every step (`teacher_cache`).
@@ -105,7 +108,7 @@ class DistillationTrainer(SupervisedTrainer):
         layers = self._correspond(student, args, first_batch)
         self.teacher_side = TeacherSide(self, args, self.methods, layers)
         self.teacher_scores = TeacherScores(self) if self.needs_logits else None
-        self._losses = method_losses(self.methods, args)
+        self._losses, self.loss_weights = method_losses(self.methods, args), LossWeights(self.methods, args)
         head = self._distillation_head(student, args)
         heads = {} if layers is None else self._heads(layers, args.seed)
         final_layer = None if layers is None else layers.final_layer
@@ -236,20 +239,12 @@ class DistillationTrainer(SupervisedTrainer):
         losses, components = self._losses(outputs, step), {"task_loss": task}
         if step.unmixed is not None and self.augmentation.mixes:
             components["compared_images"] = step.unmixed.mean()  # the share that feature losses are of
-        label_term, others = task, []
         for method in self.methods:
             value, beside = losses[method.name]
             components |= beside | {f"{method.name}_loss": value}
-            weight = method.weight(self.epoch, self.num_epochs)
-            # a zero weight multiplies, so that every parameter has a gradient
-            if method.shares_task:
-                label_term = (1 - weight) * task + weight * value
-            else:
-                others.append(weight * value)
-        loss = self.args.task_loss_weight * label_term
-        for term in others:
-            loss = loss + term
-        return loss, components
+        values = {"task": task} | {method.name: losses[method.name][0] for method in self.methods}
+        loss, weights = self.loss_weights.total(values, self.loss_weights.scheduled(self.epoch, self.num_epochs))
+        return loss, components | weights
 
     def _taught_heads(self, outputs: StudentOutput) -> tuple[Any, ...]:
         """Logits of the heads that the labels teach."""
@@ -262,15 +257,13 @@ class DistillationTrainer(SupervisedTrainer):
 
     def moved_heads(self, module: StudentModule) -> set[str]:
         """Names of the student-side and class heads of a module that a loss moves in this step."""
-        weights = {method.name: method.weight(self.epoch, self.num_epochs) for method in self.methods}
-        shared = sum(weights[method.name] for method in self.methods if method.shares_task)
+        weights = self.loss_weights.scheduled(self.epoch, self.num_epochs)
         moved = {name for name, weight in weights.items() if weight > 0}
         names = StudentOutput(None, "cls", "distillation", module.inference_heads)  # in the place of their logits
-        if module.class_heads and self.args.task_loss_weight * (1 - shared) > 0:
+        if module.class_heads and weights["task"] > 0:
             moved |= set(self._taught_heads(names)) if self.compute_loss_func is None else set(module.class_heads)
         for method in self.methods:
-            weight = weights[method.name] * (self.args.task_loss_weight if method.shares_task else 1)
-            if method.needs.logits and weight > 0:
+            if method.needs.logits and weights[method.name] > 0:
                 moved |= set(names.distilled(self.args.distilled_heads))
         return moved
 

@@ -7,7 +7,7 @@ import torch
 
 from hf_ihb.functional.gram import pack_gram, unpack_gram
 from hf_ihb.methods import METHODS
-from hf_ihb.methods.base import Widths
+from hf_ihb.methods.base import TokenPair, Widths
 from hf_ihb.step import Step, StudentOutput, TeacherOutputs, TeacherTokens
 from hf_ihb.trainer.arguments import MethodKeys
 
@@ -54,6 +54,24 @@ def logit_loss(name, student, teacher, labels=None, **keys):
         StudentOutput(logits=student), Step(student, labels, teacher=TeacherOutputs(logits=teacher))
     )
     return loss[0] if isinstance(loss, tuple) else loss
+
+
+def pooled_loss(name, student, teacher, weight=None, **keys):
+    """The loss of a method of pooled features ``(B, D)``, as those of images of one token."""
+    weight = torch.ones(len(student)) if weight is None else weight
+    pair = TokenPair(student[:, None], teacher[:, None], torch.ones(len(student), 1))
+    kind = method(name, **keys)
+    return kind.loss(*step_of(kind, [pair], weight))
+
+
+def slope(reference, x, place, by=1e-5):
+    """Central difference of a function of a float64 array in one of its entries."""
+    ends = []
+    for sign in (1, -1):
+        moved = x.copy()
+        moved[place] += sign * by
+        ends.append(reference(moved))
+    return (ends[0] - ends[1]) / (2 * by)
 
 
 BATCH, TOKENS, WIDTH, CLASSES = 12, 9, 6, 5

@@ -72,7 +72,10 @@ def test_the_gradient_of_a_sum_is_the_sum_of_the_gradients(name, make_trainer, m
             added[key_] = added.get(key_, 0) + gradient
     assert together == pytest.approx(total, rel=1e-5)
     for key_, gradient in only_student(found).items():
-        torch.testing.assert_close(gradient, added[key_], rtol=1e-4, atol=1e-6)
+        largest = added[key_].abs().max().item()  # rounding is that of the largest that were added
+        torch.testing.assert_close(
+            gradient, added[key_], rtol=1e-4, atol=2e-6 * max(1.0, largest), msg=f"{key_} {largest}"
+        )
 
 
 class Asked:
