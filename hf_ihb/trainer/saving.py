@@ -135,6 +135,21 @@ def _written_by_all(trainer: Trainer, final: Path) -> Iterator[None]:
         raise CheckpointError(line)
 
 
+@contextmanager
+def writing(trainer: Trainer, folder: Path) -> Iterator[None]:
+    """Around what is written beside checkpoints.
+
+    Raises:
+        CheckpointError: If the disk refuses it.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if (line := _said(error, trainer, folder)) is None:
+            raise
+        raise CheckpointError(line) from error
+
+
 def _said(error: Exception, trainer: Trainer, final: Path) -> str | None:
     """A failed write in one line; None if it is no such thing."""
     if isinstance(error, CheckpointError):
