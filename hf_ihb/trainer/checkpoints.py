@@ -151,10 +151,12 @@ def check_weights(weights: nn.Module | Mapping[str, Tensor]) -> None:
         NumericsError: If one is not; it names the first.
     """
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point() and tensor.numel() > 0}
     if not floating:  # a process that gets no part of a sharded state
         return
-    finite = torch.stack([tensor.isfinite().all() for tensor in floating.values()]).tolist()
+    # the extremes keep NaN and Inf, and take no memory
+    extremes = [torch.stack(tensor.aminmax()).double() for tensor in floating.values()]
+    finite = torch.stack(extremes).isfinite().all(dim=1).tolist()
     if not all(finite):
         name = next(name for name, whole in zip(floating, finite, strict=True) if not whole)
         raise NumericsError(f"expected finite weights, found NaN or Inf in {name}; nothing of them was saved")
