@@ -62,7 +62,7 @@ def sweep(
     row: dict[str, Any] = {"training": kind, "processes": processes, "rank": rank, "calls in a save": calls}
     row |= {"struck by": "ENOSPC" if refuses else "SIGKILL", "others": []}
     struck = same = clear = 0
-    for at in range(1, calls + 1, every):
+    for at in range(1, calls + 1, every if calls > every else 1):
         run = folder / "run"
         shutil.rmtree(run, ignore_errors=True)
         ended = forks.end(forks.start(struck_run, kind, run, at, refuses, rank, processes=processes))
@@ -90,7 +90,9 @@ def sweep(
 def main() -> None:
     """Writes a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--every", type=int, default=1, help="Strike at every n-th call.")
+    parser.add_argument(
+        "--every", type=int, default=1, help="Strike at every n-th call; at each where there are fewer."
+    )
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--name", default=None, help="Of the results, without ending; printed alone if not given.")
