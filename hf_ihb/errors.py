@@ -49,6 +49,12 @@ class CacheError(HfIhbError):
     exit_code = 4
 
 
+class ProcessLostError(HfIhbError):
+    """Another process of a run that ended, and left this one alone; what was saved is kept."""
+
+    exit_code = 4
+
+
 class HubPushError(HfIhbError):
     """A push to the Hub that failed; what was to be pushed is still where it was."""
 

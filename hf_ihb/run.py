@@ -1,12 +1,13 @@
 """A run folder from its opening to its results, and the way a script ends."""
 
+import errno
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ from hf_ihb.runs.folder import (
 from hf_ihb.storage import folder_lock
 from hf_ihb.trainer import SupervisedTrainer
 from hf_ihb.trainer.callbacks import earlier_seconds
+from hf_ihb.trainer.preemption import together
 from hf_ihb.trainer.publishing import resolved_recipe
 
 logger = logging.get_logger(__name__)
@@ -48,12 +50,11 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except HfIhbError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        if torch.distributed.is_initialized():
-            # other processes may wait in a collective: leave without a clean-up that would wait for them
-            os._exit(error.exit_code)
-        sys.exit(error.exit_code)
+        _leave(str(error), error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _leave(f"{error.filename or 'a file'}: {error.strerror}; what is there is kept: make room, and start again", 4)
     except KeyboardInterrupt:
         print("error: interrupted; what was saved is kept, --resume_from_checkpoint true goes on", file=sys.stderr)
         sys.stdout.flush()
@@ -67,6 +68,14 @@ def run_script(main: Callable[[list[str]], None]) -> None:
             sys.stderr.flush()
             os._exit(0)
         torch.distributed.destroy_process_group()
+
+
+def _leave(line: str, code: int) -> NoReturn:
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if torch.distributed.is_initialized():  # others may wait in a collective: no clean-up that would wait for them
+        os._exit(code)
+    sys.exit(code)
 
 
 def resume_argument(args: TrainingArguments) -> str | bool | None:
@@ -150,8 +159,9 @@ def run_training(trainer: SupervisedTrainer, data: ImageData, recipe: Path, argu
     Raises:
         CheckpointError: If another run writes to the folder, or a checkpoint cannot be written or gone on from.
         HubPushError: If the push fails; the run is complete by then.
+        ProcessLostError: If another process of the run ends.
     """
-    with folder_lock(Path(trainer.args.output_dir), trainer.is_world_process_zero()):
+    with folder_lock(Path(trainer.args.output_dir), trainer.is_world_process_zero()), together(trainer):
         return _run(trainer, data, recipe, arguments)
 
 
@@ -194,13 +204,9 @@ def _run(trainer: SupervisedTrainer, data: ImageData, recipe: Path, arguments: t
 
 def _facts(trainer: SupervisedTrainer, data: ImageData, train_seconds: float) -> dict[str, Any]:
     """What ``evaluation.json`` says beside the numbers of the splits."""
-    facts = {
-        "num_parameters": sum(p.numel() for p in trainer.student.parameters()),
-        "num_train_images": len(data.train),
-        "train_steps": trainer.state.global_step,
-        "train_seconds": train_seconds,
-        "seed": trainer.args.seed,
-    }
+    facts: dict[str, Any] = {"num_parameters": sum(p.numel() for p in trainer.student.parameters())}
+    facts |= {"num_train_images": len(data.train), "train_steps": trainer.state.global_step}
+    facts |= {"train_seconds": train_seconds, "seed": trainer.args.seed}
     if (accuracy := getattr(trainer, "teacher_accuracy", None)) is not None:
         facts["teacher_validation_accuracy"] = accuracy
     if (cache := getattr(trainer, "teacher_cache", None)) is not None:
@@ -247,8 +253,7 @@ def measure(
         baseline: The matched control.
     """
     folder, device = Path(trainer.args.output_dir), trainer.args.device
-    student = load_pretrained(str(folder)).to(device)
-    teacher = getattr(trainer, "teacher", None)
+    student, teacher = load_pretrained(str(folder)).to(device), getattr(trainer, "teacher", None)
     about = {"name": data.name, "revision": data.revision}
     logits = {head: np.concatenate(batches) for head, batches in heads.items()}
     is_whole = bool(logits) and all(len(rows) == len(data.test) for rows in logits.values())

@@ -18,6 +18,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from hf_ihb.run import run_script
+
 ROOT = Path(__file__).parents[1]
 STUDENT = {
     "dataset_name": "sklearn:digits", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -264,3 +266,16 @@ def test_help_prints_every_key_with_its_range_without_a_recipe(name, script):
     for key in keys:
         assert key in done.stdout
     assert "in [0, 1)" in " ".join(done.stdout.split())
+
+
+def test_a_disk_that_is_full_is_one_line_of_any_script(capsys, monkeypatch):
+    def main(argv):
+        with open("/dev/full", "w") as file:
+            file.write("results")
+
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    with pytest.raises(SystemExit) as ended:
+        run_script(main)
+    assert ended.value.code == 4
+    said = "error: a file: No space left on device; what is there is kept: make room, and start again\n"
+    assert capsys.readouterr().err == said

@@ -27,7 +27,7 @@ long end(void) { word[0] = 0; return count; }
 /* 0: go on; 1: refuse */
 static int struck(const char *path) {
     if (!word[0] || !path || !strstr(path, word)) return 0;
-    if (++count != strike_at) return 0;
+    if (__atomic_add_fetch(&count, 1, __ATOMIC_SEQ_CST) != strike_at) return 0; /* files are synced by threads */
     if (!refuses) kill(getpid(), SIGKILL);
     errno = ENOSPC;
     return 1;

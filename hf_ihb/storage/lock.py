@@ -26,26 +26,33 @@ def folder_lock(folder: Path, takes: bool = True) -> Iterator[None]:
         takes: Whether this process holds it; others of a run leave that to their main one.
 
     Raises:
-        CheckpointError: If another process holds it, whose host and process id it names.
+        CheckpointError: If another process holds it, whose host and process id it names, or nothing can be written
+            there.
     """
     key = folder.resolve()
     if key in _held or not takes:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK_FILE, timeout=0, thread_local=False)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
+        # not in the locked file, which whoever asks for the lock empties
+        holder = {"host": socket.gethostname(), "pid": os.getpid()}
+        (folder / HOLDER_FILE).write_text(json.dumps(holder), "utf-8")
     except Timeout:
         raise CheckpointError(
             f"{folder}: expected a folder that no other run writes to, found {_holder(folder)} at it; wait for it, or "
             "give another 'output_dir'"
         ) from None
+    except OSError as error:
+        lock.release()
+        raise CheckpointError(
+            f"{folder}: expected an output folder that can be written to, found '{error.strerror or error}' where it "
+            "is locked; make room or give another 'output_dir'"
+        ) from error
     _held.add(key)
     try:
-        # not in the locked file, which whoever asks for the lock empties
-        holder = {"host": socket.gethostname(), "pid": os.getpid()}
-        (folder / HOLDER_FILE).write_text(json.dumps(holder), "utf-8")
         yield
     finally:
         _held.discard(key)

@@ -4,25 +4,63 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from hf_ihb.errors import CheckpointError
 
 MANIFEST_FILE = "manifest.json"
 _FORMAT = 1
+_THREADS = 8
 
 
-def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
+class Sealing:
+    """Hashes files and sees them to the disk while others are written; to be used in a ``with``."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(_THREADS)
+        self._facts: dict[Path, Future] = {}
+        self._synced: list[Future] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        self._pool.shutdown()
+
+    def begin(self, paths: Iterable[Path]) -> None:
+        """Begins with some files; they may not be changed any more."""
+        for path in paths:
+            if path not in self._facts:
+                self._synced.append(self._pool.submit(_sync, path))
+                self._facts[path] = self._pool.submit(_facts, path)
+
+    def facts(self, folder: Path) -> dict[str, Any]:
+        """Size and hash of each file of a folder, by its name in it.
+
+        Raises:
+            OSError: If one could not be brought to the disk.
+        """
+        paths = [path for path in _files(folder) if path.name != MANIFEST_FILE]
+        self.begin(paths)
+        found = {str(path.relative_to(folder)): self._facts[path].result() for path in paths}
+        for synced in self._synced:
+            synced.result()
+        return found
+
+
+def write_manifest(folder: Path, about: Mapping[str, Any], sealing: Sealing | None = None) -> None:
     """Writes down what a folder holds; nothing may be written into it afterwards.
 
     Args:
         folder: Whose files are whole.
         about: What else is to be known of it, as JSON.
+        sealing: That has begun with some of them.
     """
-    files = {str(p.relative_to(folder)): _facts(p) for p in _files(folder) if p.name != MANIFEST_FILE}
-    content = {"format": _FORMAT, "files": files, "about": dict(about)}
+    with sealing or Sealing() as sealing:
+        content = {"format": _FORMAT, "files": sealing.facts(folder), "about": dict(about)}
     (folder / MANIFEST_FILE).write_text(json.dumps(content | {"sha256": _digest(content)}, indent=1), "utf-8")
 
 

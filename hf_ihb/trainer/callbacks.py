@@ -61,6 +61,21 @@ class Hooks(TrainerCallback):
         self.trainer._check_finite()
 
 
+def is_over(trainer: Trainer) -> bool:
+    """Whether a training that goes on was at its end already, and lost only what follows; it is told to stop then.
+
+    `Trainer` makes a step before it looks.
+    """
+    state = trainer.state
+    stopped = any(
+        isinstance(c, EarlyStoppingCallback) and c.early_stopping_patience_counter >= c.early_stopping_patience
+        for c in trainer.callback_handler.callbacks
+    )
+    over = state.global_step > 0 and (state.global_step >= state.max_steps or stopped)
+    trainer.control.should_training_stop |= over
+    return over
+
+
 class Clock(TrainerCallback, ExportableState):
     """How long a run has trained, kept in its checkpoints: `Trainer` tells the time since it was last resumed.
 

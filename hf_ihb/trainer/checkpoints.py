@@ -15,8 +15,8 @@ from hf_ihb.errors import CheckpointError, NumericsError
 from hf_ihb.storage import folder_lock, read_manifest
 from hf_ihb.trainer.averaging import Averaging
 from hf_ihb.trainer.fingerprint import SCHEDULED, check_same, fingerprint
-from hf_ihb.trainer.preemption import Preemption
-from hf_ihb.trainer.saving import check_checkpoint, checkpoint_to_resume, save_checkpoint
+from hf_ihb.trainer.preemption import Preemption, together
+from hf_ihb.trainer.saving import check_checkpoint, checkpoint_to_resume, save_checkpoint, writing
 
 
 class Checkpoints:
@@ -54,9 +54,11 @@ class Checkpoints:
         Raises:
             CheckpointError: If another process trains into the folder, there is no checkpoint that verifies, or it was
                 trained with other settings.
+            ProcessLostError: If another process of it ends.
         """
         trainer, args = self.trainer, self.trainer.args
-        with folder_lock(Path(args.output_dir), trainer.is_world_process_zero()), self.preemption.watched():
+        locked = folder_lock(Path(args.output_dir), trainer.is_world_process_zero())
+        with locked, self.preemption.watched(), together(trainer):
             folder = checkpoint_to_resume(trainer, asked, args.resume_policy)
             self.settings, self.changed = fingerprint(trainer, (*trainer.settings, trainer.augmentation)), {}
             self.history = []
@@ -103,7 +105,7 @@ class Checkpoints:
             Trainer.save_model(self.trainer, folder, _internal_call=True)
             self.averaging.save(Path(folder))
         else:
-            with self.averaging.applied():
+            with self.averaging.applied(), writing(self.trainer, Path(folder or self.trainer.args.output_dir)):
                 Trainer.save_model(self.trainer, folder, is_internal)
 
     def write(self, folder: str | None, state_dict: dict[str, Tensor] | None) -> None:
@@ -149,10 +151,12 @@ def check_weights(weights: nn.Module | Mapping[str, Tensor]) -> None:
         NumericsError: If one is not; it names the first.
     """
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point() and tensor.numel() > 0}
     if not floating:  # a process that gets no part of a sharded state
         return
-    finite = torch.stack([tensor.isfinite().all() for tensor in floating.values()]).tolist()
+    # the extremes keep NaN and Inf, and take no memory
+    extremes = [torch.stack(tensor.aminmax()).double() for tensor in floating.values()]
+    finite = torch.stack(extremes).isfinite().all(dim=1).tolist()
     if not all(finite):
         name = next(name for name, whole in zip(floating, finite, strict=True) if not whole)
         raise NumericsError(f"expected finite weights, found NaN or Inf in {name}; nothing of them was saved")

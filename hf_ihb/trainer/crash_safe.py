@@ -8,6 +8,7 @@ from transformers import Trainer
 
 from hf_ihb.checkpoint import load_student
 from hf_ihb.storage import folder_lock
+from hf_ihb.trainer.callbacks import is_over
 from hf_ihb.trainer.saving import check_checkpoint, checkpoint_to_resume, save_checkpoint
 
 
@@ -31,6 +32,10 @@ class CrashSafeCheckpoints:
         with folder_lock(Path(self.args.output_dir), self.is_world_process_zero()):
             folder = checkpoint_to_resume(self, resume_from_checkpoint)
             return super().train(resume_from_checkpoint=folder, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if not is_over(self):
+            super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         save_checkpoint(self, trial)

@@ -1,4 +1,4 @@
-"""A run that is told to end: it finishes its step, saves, and ends with 143."""
+"""A run that is told to end: it finishes its step, saves, and ends with 143; and one that lost a process."""
 
 import signal
 import threading
@@ -10,7 +10,8 @@ import torch.distributed as dist
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
-from hf_ihb.errors import Preempted
+from hf_ihb.errors import Preempted, ProcessLostError
+from hf_ihb.trainer.saving import last_good
 
 
 class Preemption(TrainerCallback):
@@ -80,3 +81,26 @@ class Preemption(TrainerCallback):
         store.set(f"{prefix}/{step}", "1" if ends else "0")
         store.delete_key(f"{prefix}/{step - 100}")  # hosts run ahead of each other by less
         return ends
+
+
+@contextmanager
+def together(trainer: Trainer) -> Iterator[None]:
+    """Around what processes do together: those that one leaves alone end in a line.
+
+    Args:
+        trainer: Whose output folder holds what can be gone on from.
+
+    Raises:
+        ProcessLostError: If another process has ended, or cannot be reached.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo has no class of its own; the name of its file stands in all that it says
+        if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+            raise
+        said = " ".join(str(error).split())
+        raise ProcessLostError(
+            f"step {trainer.state.global_step}: another process of this run has ended or cannot be reached "
+            f"({said[:160]}); {last_good(trainer.args.output_dir)}; go on by --resume_from_checkpoint true"
+        ) from error

@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from hf_ihb.checkpoint import STAGING_FOLDER, checkpoints_of, readable_checkpoint
 from hf_ihb.errors import CheckpointError, HfIhbError
-from hf_ihb.storage import publish, verify, write_manifest
+from hf_ihb.storage import Sealing, publish, verify, write_manifest
 
 logger = logging.get_logger(__name__)
 
@@ -54,23 +54,15 @@ def save_checkpoint(trainer: Trainer, trial: Any, about: Callable[[], dict[str, 
             shutil.rmtree(staged, ignore_errors=True)
             staged.mkdir(parents=True)
             _check_room(trainer, run)
-    with _written_by_all(trainer, final):
-        trainer.save_model(str(staged), _internal_call=True)
-        if state.best_global_step:
-            best = run / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-            if best == final or best.is_dir():
-                state.best_model_checkpoint = str(best)
-        if not trainer.args.save_only_model:
-            trainer._save_optimizer_and_scheduler(str(staged))
-            trainer._save_scaler(str(staged))
-            trainer._save_rng_state(str(staged))
-        if trainer.args.should_save:
-            _write_state(trainer, staged / TRAINER_STATE_NAME)
-    with _written_by_all(trainer, final):
-        if trainer.args.should_save:
-            _check_complete(trainer, staged)
-            write_manifest(staged, {"step": state.global_step, "processes": trainer.args.world_size, **about()})
-            publish(staged, final)
+    with Sealing() as sealing:
+        with _written_by_all(trainer, final):
+            _stage(trainer, staged, final, sealing)
+        with _written_by_all(trainer, final):
+            if trainer.args.should_save:
+                _check_complete(trainer, staged)
+                facts = {"step": state.global_step, "processes": trainer.args.world_size}
+                write_manifest(staged, facts | about(), sealing)
+                publish(staged, final)
     if trainer.args.push_to_hub:
         trainer._push_from_checkpoint(str(final))
     if trainer.args.should_save:
@@ -80,6 +72,24 @@ def save_checkpoint(trainer: Trainer, trial: Any, about: Callable[[], dict[str, 
             best_model_checkpoint=state.best_model_checkpoint,
             use_mtime=True,
         )
+
+
+def _stage(trainer: Trainer, staged: Path, final: Path, sealing: Sealing) -> None:
+    """Writes what this process has to; the weights are hashed and synced meanwhile."""
+    state = trainer.state
+    trainer.save_model(str(staged), _internal_call=True)
+    if trainer.args.should_save:
+        sealing.begin(staged.rglob("*.safetensors"))
+    if state.best_global_step:
+        best = final.with_name(f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+        if best == final or best.is_dir():
+            state.best_model_checkpoint = str(best)
+    if not trainer.args.save_only_model:
+        trainer._save_optimizer_and_scheduler(str(staged))
+        trainer._save_scaler(str(staged))
+        trainer._save_rng_state(str(staged))
+    if trainer.args.should_save:
+        _write_state(trainer, staged / TRAINER_STATE_NAME)
 
 
 def _write_state(trainer: Trainer, path: Path) -> None:
@@ -133,6 +143,21 @@ def _written_by_all(trainer: Trainer, final: Path) -> Iterator[None]:
         if trainer.args.should_save:
             shutil.rmtree(final.parent / STAGING_FOLDER, ignore_errors=True)
         raise CheckpointError(line)
+
+
+@contextmanager
+def writing(trainer: Trainer, folder: Path) -> Iterator[None]:
+    """Around what is written beside checkpoints.
+
+    Raises:
+        CheckpointError: If the disk refuses it.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if (line := _said(error, trainer, folder)) is None:
+            raise
+        raise CheckpointError(line) from error
 
 
 def _said(error: Exception, trainer: Trainer, final: Path) -> str | None:

@@ -16,6 +16,7 @@ from hf_ihb.models.module import StudentModule
 from hf_ihb.step import Step, StudentOutput
 from hf_ihb.trainer.arguments import SupervisedTrainingArguments
 from hf_ihb.trainer.batches import Batches, first_batch, image_collator
+from hf_ihb.trainer.callbacks import is_over
 from hf_ihb.trainer.evaluating import image_scores, of_main_process, take_metrics
 from hf_ihb.trainer.fitting import WrappedInit, lay_out, take_losses, wrapped
 from hf_ihb.trainer.hub_calls import HubCalls
@@ -119,8 +120,6 @@ class SupervisedTrainer(Trainer):
         super()._move_model_to_device(model, device)  # not called for sharded models
         lay_out(model)
 
-    # ---- Training ----
-
     def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs: Any) -> Any:
         """Trains; ``resume_from_checkpoint=True`` goes on from the newest complete checkpoint.
 
@@ -128,6 +127,7 @@ class SupervisedTrainer(Trainer):
             CheckpointError: If there is none that verifies, or it was trained with other settings.
             NumericsError: If a loss or gradient is not finite; on a CPU the optimizer has not stepped on it.
             Preempted: If it was told to end (SIGTERM); it has saved its last step.
+            ProcessLostError: If another process of the training ended.
         """
         self._trials.begin(trial)
         with self.checkpoints.training(resume_from_checkpoint) as checkpoint:
@@ -137,6 +137,10 @@ class SupervisedTrainer(Trainer):
         """As `Trainer`'s; keys of augmentation can be tuned as well, and every value is checked."""
         self._trials.start()
         return super().hyperparameter_search(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if not is_over(self):
+            super()._run_epoch(*args, **kwargs)
 
     def _begin_training(self, train_dataloader: DataLoader | None = None) -> None:
         self.loss_log.reset()
@@ -230,12 +234,8 @@ class SupervisedTrainer(Trainer):
             self._averaging.anneal(scheduler, num_training_steps, steps_per_epoch)
         return scheduler
 
-    # ---- Data: `image_loader` says what differs from `Trainer`'s loaders ----
-
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
         return image_loader(self, dataset, *args, **kwargs)
-
-    # ---- Evaluation ----
 
     def evaluation_outputs(self, outputs: StudentOutput, step: Step) -> dict[str, Tensor]:
         """Logits, and for each metric of ours its value for each image ``(B,)``."""
@@ -243,7 +243,7 @@ class SupervisedTrainer(Trainer):
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor | None, dict[str, Tensor] | None, Tensor | None]:
+    ) -> tuple[Any, Any, Any]:
         """Loss, logits with our metrics of each image, and labels of a batch."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():

@@ -53,7 +53,7 @@ class Finished:
 def launch(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launches")
 
-    def run(script, recipe, *overrides, processes=1, output_dir=None, kill_at_step=None, term_at_step=None):
+    def run(script, recipe, *overrides, processes=1, output_dir=None, **strikes):
         number = len(list(folder.iterdir()))
         path = folder / f"{number}.json"
         path.write_text(json.dumps(recipe))
@@ -63,10 +63,7 @@ def launch(tmp_path_factory):
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command += [str(LAUNCH), str(ROOT / "scripts" / script), str(path), "--output_dir", str(output_dir), *overrides]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        if kill_at_step is not None:
-            environment["KILL_AT_STEP"] = str(kill_at_step)
-        if term_at_step is not None:
-            environment["TERM_AT_STEP"] = str(term_at_step)
+        environment |= {name.upper(): str(step) for name, step in strikes.items()}  # see launch.py
         done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
         return Finished(done.returncode, done.stderr, output_dir)
 

@@ -62,16 +62,21 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(recipe, processes, 
     recipe = {**recipe, **RESUMABLE, "teacher_model": teacher, "per_device_train_batch_size": 32 // processes}
     whole = launch("distill.py", recipe, processes=processes)
     assert whole.code == 0, whole.stderr
-    go_on, run = [], tmp_path / "run"
+    go_on, run, strike = [], tmp_path / "run", {"kill_at_step": 7}
     if processes > 1:  # told to one of them alone, all end in the same step, with its checkpoint
         told = launch("distill.py", recipe, processes=processes, output_dir=run, term_at_step=4)
         assert told.code != 0
         assert told.stderr.count("told to end (SIGTERM); saved in") == processes
         (step,) = set(re.findall(r"step (\d): told to end", told.stderr))
         assert (run / f"checkpoint-{step}").is_dir()
-        go_on = ["--resume_from_checkpoint", "true"]
-    killed = launch("distill.py", recipe, *go_on, processes=processes, output_dir=run, kill_at_step=7)
+        go_on, strike = ["--resume_from_checkpoint", "true"], {"kill_in_save": 6}
+    killed = launch("distill.py", recipe, *go_on, processes=processes, output_dir=run, **strike)
     assert killed.code != 0
+    if processes > 1:  # one of them died: the other ends in a line, what was not whole has no name
+        assert not (run / "checkpoint-6").exists()
+        (line,) = [line for line in killed.stderr.splitlines() if line.startswith("error: ")]
+        assert re.search(rf"step 6: another process .* verifies is .*checkpoint-{step}; go on by", line)
+        assert f'File "{ROOT / "hf_ihb"}' not in killed.stderr
     assert (killed.folder / "checkpoint-3").is_dir()
     assert not (killed.folder / "model.safetensors").exists()
     resumed = launch(

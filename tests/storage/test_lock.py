@@ -1,3 +1,4 @@
+import errno
 import multiprocessing
 import os
 import re
@@ -7,6 +8,7 @@ import pytest
 
 from hf_ihb.errors import CheckpointError
 from hf_ihb.storage import folder_lock
+from hf_ihb.storage.lock import HOLDER_FILE
 
 
 def hold(folder, pipe):
@@ -62,3 +64,21 @@ def test_a_process_may_hold_a_folder_twice_and_lets_go_at_the_end_of_the_first(t
 def test_a_process_that_does_not_take_it_writes_nothing(tmp_path):
     with folder_lock(tmp_path / "run", takes=False):
         assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_room_for_a_lock_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / HOLDER_FILE).symlink_to("/dev/full")
+    with pytest.raises(CheckpointError, match="can be written to, found 'No space left on device' where it is locked"):
+        with folder_lock(tmp_path):
+            pass
+    (tmp_path / HOLDER_FILE).unlink()
+    with folder_lock(tmp_path):  # it was let go of
+        pass
+    monkeypatch.setattr("hf_ihb.storage.lock.FileLock.acquire", refuse)
+    with pytest.raises(CheckpointError, match="found 'No space left on device'"):
+        with folder_lock(tmp_path):
+            pass
+
+
+def refuse(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
 from hf_ihb.errors import CheckpointError
@@ -83,6 +84,23 @@ def test_a_disk_that_is_too_full_is_said_before_anything_is_written(make_trainer
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "preprocessor_config.json"])
+def test_a_student_that_finds_no_room_is_one_line(name, make_trainer, monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    trainer = make_trainer()
+    (tmp_path / "run").mkdir(exist_ok=True)
+    if name == "model.safetensors":  # written beside it, and renamed
+        monkeypatch.setattr("transformers.modeling_utils.safe_save_file", refuse)
+    else:
+        (tmp_path / "run" / name).symlink_to("/dev/full")
+    line = r"run: could not be written .*No space left.* bytes, .* are free"
+    with pytest.raises(CheckpointError, match=line) as said:
+        trainer.save_model()
+    assert len(str(said.value).splitlines()) == 1
+
+
 FILES = [
     "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "config.json",
     "average/model.safetensors", "average/average.json", MANIFEST_FILE,
@@ -115,6 +133,22 @@ def test_damage_to_any_file_of_the_newest_checkpoint_is_passed_over(damage, make
     resumed = make_trainer()
     resumed.train(resume_from_checkpoint=True)
     assert_equal(weights(resumed), uninterrupted)
+
+
+STOPS = {
+    "early_stopping_patience": 1, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True,
+    "metric_for_best_model": "loss", "greater_is_better": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("keys", [{}, {"ema_decay": 0.0}, {"ema_decay": 0.0, "max_steps": 8}, STOPS])
+def test_a_run_that_lost_what_follows_its_last_checkpoint_trains_no_further(keys, make_trainer):
+    keys = {"lr_scheduler_type": "constant", **keys}
+    whole, resumed = make_trainer(**keys), make_trainer(**keys)
+    whole.train()
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == whole.state.global_step
+    assert_equal(weights(resumed), weights(whole))
 
 
 def test_a_checkpoint_asked_for_by_name_must_verify(make_trainer, tmp_path):
@@ -193,6 +227,14 @@ def test_a_stock_fine_tuning_resumes_to_the_same_end_whatever_became_of_the_newe
     fine_tuner(tmp_path / "run").train()
     (tmp_path / "run" / "checkpoint-6" / "rng_state.pth").unlink()
     resumed = fine_tuner(tmp_path / "run")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    assert_equal(resumed.model.state_dict(), whole.model.state_dict())
+
+
+def test_a_stock_fine_tuning_that_was_at_its_end_trains_no_further(tmp_path):
+    whole, resumed = (fine_tuner(tmp_path, lr_scheduler_type="constant") for _ in range(2))
+    whole.train()
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 6
     assert_equal(resumed.model.state_dict(), whole.model.state_dict())
