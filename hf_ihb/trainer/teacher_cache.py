@@ -25,7 +25,8 @@ from hf_ihb.data.placement import readable_bytes, readable_seconds, rows_onto
 from hf_ihb.errors import CacheError
 from hf_ihb.functional.gram import TokenGram
 from hf_ihb.models.teacher import Teacher
-from hf_ihb.storage.block_store import BlockStore, checksum
+from hf_ihb.storage.block_store import BlockStore
+from hf_ihb.storage.cache_folder import checksum
 from hf_ihb.trainer.cache_rows import Code, Layout
 
 FORMAT = 4
