@@ -40,6 +40,12 @@ class ScoreRow:
         """Numbers of two bytes an image."""
         return self.num_classes if self.is_whole else 2 * TOP + 1
 
+    def describe(self) -> str:
+        """What of the scores it holds, for those who read."""
+        if self.is_whole:
+            return "whole scores"
+        return f"the {TOP} largest scores of {self.num_classes:,} and the sum of the others"
+
     def pack(self, scores: Tensor) -> Tensor:
         """``(B, K)`` scores -> ``(B, width)`` int16."""
         below = scores.float() - scores.float().amax(dim=1, keepdim=True)

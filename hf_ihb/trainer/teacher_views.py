@@ -66,6 +66,7 @@ class TeacherViews:
         """The cache to read and write, if any, and why.
 
         With 'auto' there is one where the seed of the augmentation is given: other runs will show the same views then.
+        Not where rows hold some of the scores alone: that is another loss at temperatures above 1.
 
         Args:
             share_of_disk: That 'auto' may take of what is free.
@@ -84,6 +85,8 @@ class TeacherViews:
                 raise RecipeError(f"key 'teacher_cache': expected 'auto' or 'off', found 'views': {obstacle}")
             return None, obstacle
         cache = self._made()
+        if asked == "auto" and not cache.row.is_whole:
+            return None, f"'views' would keep {cache.row.describe()}"
         if (
             asked == "auto"
             and not cache.written()

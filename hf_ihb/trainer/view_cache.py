@@ -256,8 +256,8 @@ class ViewCache:
         there, begun = self.written(), self.begun_by
         by = "" if begun is None else f", begun by '{begun}'"
         return (
-            f"Teacher cache (views): {views:,} views x {row:.4g} B = {readable_bytes(views * row)} in {self.folder}; "
-            f"{there:,} are there{by}"
+            f"Teacher cache (views): {views:,} views x {row:.4g} B ({self.row.describe()}) = "
+            f"{readable_bytes(views * row)} in {self.folder}; {there:,} are there{by}"
         )
 
     def _compare(self, fresh: Callable[[int, np.ndarray], Tensor], tolerance: float) -> None:

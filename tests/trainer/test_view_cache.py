@@ -332,7 +332,7 @@ def test_the_start_says_how_much_there_is_and_who_began_it(logits, capsys):
     capsys.readouterr()
     trainer.train()
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Teacher cache (views)")]
-    assert line.startswith("Teacher cache (views): 256 views x 8.125 B = ")  # four halves, and a bit
+    assert line.startswith("Teacher cache (views): 256 views x 8.125 B (whole scores) = ")  # four halves, and a bit
     assert f"128 are there, begun by '{logits().args.output_dir}'; this run writes what is not there" in line
 
 
