@@ -64,6 +64,7 @@ class Bench:
             DataArguments(dataset_name=args.dataset_name, max_train_samples=train_images, max_eval_samples=100)
         )
         self.statistics = self.data.train.statistics()
+        self.augmentation = AugmentationArguments(random_crop_padding=4, horizontal_flip=0.5)
         recipe = json.loads((ROOT / "recipes" / RECIPES[args.size]).read_text("utf-8"))
         self.shape = {name: value for name, value in recipe.items() if name in ModelArguments.__dataclass_fields__}
         self.resnet, processor = self._model(ModelArguments(architecture="resnet18_cifar"))
@@ -93,7 +94,7 @@ class Bench:
             train_dataset=self.data.train,
             eval_dataset=self.data.validation,
             processing_class=processor,
-            augmentation=AugmentationArguments(random_crop_padding=4, horizontal_flip=0.5),
+            augmentation=self.augmentation,
             **more,
         )
         if teacher is not None:
@@ -114,10 +115,12 @@ class Bench:
             **settings,
         )
 
-    def logits(self) -> LogitDistillationTrainer:
+    def logits(self, **settings: Any) -> LogitDistillationTrainer:
         """One of ours that learns from a ResNet-18's scores."""
         teacher = Teacher(copy.deepcopy(self.resnet), self.resnet_pixels, self.data.label_names)
-        return self.ours(LogitDistillationTrainer, LogitDistillationTrainingArguments, teacher_model=teacher)
+        return self.ours(
+            LogitDistillationTrainer, LogitDistillationTrainingArguments, teacher_model=teacher, **settings
+        )
 
     def peer(self, trainer_class: type, **more: Any) -> Any:
         """A trainer on batches of ready pixels."""

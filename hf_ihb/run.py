@@ -211,6 +211,8 @@ def _facts(trainer: SupervisedTrainer, data: ImageData, train_seconds: float) ->
         facts["teacher_validation_accuracy"] = accuracy
     if (cache := getattr(trainer, "teacher_cache", None)) is not None:
         facts["teacher_cache"] = cache.layout.kind
+    if (views := getattr(trainer, "teacher_views", None)) is not None:
+        facts["teacher_views"] = {"key": views.key[:32], "begun_by": views.begun_by and Path(views.begun_by).name}
     return facts
 
 

@@ -154,6 +154,7 @@ class Step:
         unmixed: ``(B,)`` float, 0 for images whose tokens have no counterpart at the teacher's (mixed ones); None if
             all have one.
         inputs: The batch as it came.
+        epoch: Whole epochs trained before it, which its views were drawn for.
         reduce: Sums a tensor over processes, differentiably; None for one process.
         gather: Stacks the rows of all processes, differentiably; None for one process.
     """
@@ -165,6 +166,7 @@ class Step:
     teacher: TeacherOutputs | None = None
     unmixed: Tensor | None = None
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    epoch: int = 0
     reduce: Callable[[Tensor], Tensor] | None = None
     gather: Callable[[Tensor], Tensor] | None = None
 

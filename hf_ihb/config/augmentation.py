@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from hf_ihb.config.fields import AT_LEAST_ONE, FRACTION, FRACTION_BELOW_ONE, NON_NEGATIVE, Checked, Range, key
+from hf_ihb.config.fields import AT_LEAST_ONE, FRACTION, FRACTION_BELOW_ONE, NON_NEGATIVE, SEEDS, Checked, Range, key
 
 
 @dataclass
@@ -11,6 +11,14 @@ class AugmentationArguments(Checked):
     """What a training image goes through, drawn per image and epoch."""
 
     _argument_group_name = "augmentation"
+
+    augmentation_seed: int | None = key(
+        None,
+        "Seed of what images go through, apart from that of the weights and of the order of the images: runs that "
+        "share it show the same views, and can share what a teacher says of them (teacher_cache 'views'). seed if not "
+        "given.",
+        within=SEEDS,
+    )
 
     random_crop_padding: int = key(
         0, "Zero padding on each side before a random crop of the original size.", within=NON_NEGATIVE, unit="px"

@@ -41,6 +41,7 @@ NON_NEGATIVE = Range(0)
 AT_LEAST_ONE = Range(1)
 FRACTION = Range(0, 1)
 FRACTION_BELOW_ONE = Range(0, 1, high_open=True)
+SEEDS = Range(0, 2**32 - 1)
 
 # Ranges of keys that belong to `TrainingArguments`, which does not check them itself.
 TRAINING_RANGES = {
@@ -56,7 +57,7 @@ TRAINING_RANGES = {
     "adam_beta2": FRACTION_BELOW_ONE,
     "adam_epsilon": POSITIVE,
     "label_smoothing_factor": FRACTION_BELOW_ONE,
-    "seed": Range(0, 2**32 - 1),
+    "seed": SEEDS,
     "dataloader_num_workers": NON_NEGATIVE,
     "save_total_limit": AT_LEAST_ONE,
 }

@@ -133,6 +133,9 @@ def _teacher_view(run: RunFiles) -> Markdown:
     parts = [Markdown(_CONTROLS[keys["teacher_control"]]), *map(Markdown, dict.fromkeys(views.values()))]
     if size is not None:
         parts.append(Markdown("at {0} x {0} px").format(size))
+    if views := (run.evaluation or {}).get("teacher_views"):
+        kept = "its scores kept by epoch and image, begun by the run {}"
+        parts.append(Markdown(kept).format(called(views["begun_by"] or "of before")))
     if run.teacher.get("crop_left_out"):
         parts.append(Markdown("whole ones, without the crop of its image processor, as places are compared"))
     return Markdown("").join(Markdown(", ") + part for part in parts if part)

@@ -5,27 +5,19 @@ again, and nothing else is. The folder's name is a hash of everything that deter
 fits is never found.
 """
 
-import contextlib
-import hashlib
-import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
-from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_ihb.errors import CacheError
-
-DESCRIPTION_FILE = "description.json"
+from hf_ihb.storage.cache_folder import CacheFolder, checksum
 
 
-class BlockStore:
+class BlockStore(CacheFolder):
     """A file of rows, a row an item, in their order.
 
     Args:
@@ -51,13 +43,9 @@ class BlockStore:
         what: str,
         remedy: str,
     ) -> None:
-        self.description = dict(description)
-        canonical = json.dumps(self.description, sort_keys=True, default=str)
-        self.key = hashlib.sha256(canonical.encode()).hexdigest()
-        self.folder = root.absolute() / self.key[:32]
+        super().__init__(root, description, what=what, remedy=remedy)
         self.path = self.folder / file
         self.num_rows, self.row_bytes, self.block_rows = num_rows, row_bytes, block_rows
-        self.what, self.remedy = what, remedy
         self._intact: set[int] = set()
 
     @property
@@ -80,72 +68,17 @@ class BlockStore:
         """What the file still has to grow by."""
         return max(0, self.num_bytes - (self.path.stat().st_blocks * 512 if self.path.is_file() else 0))
 
-    def bytes_free(self) -> int:
-        """What the disk has left."""
-        return shutil.disk_usage(self._there).free
-
-    def may_be_written(self) -> bool:
-        """Whether the folder, or the one it would be made in, lets anything be written."""
-        return os.access(self._there, os.W_OK)
-
-    @property
-    def _there(self) -> Path:
-        return next(folder for folder in (self.folder, *self.folder.parents) if folder.is_dir())
-
-    @contextlib.contextmanager
-    def storing(self) -> Iterator[None]:
-        """Around what writes.
-
-        Raises:
-            CacheError: If the disk is full or cannot be written to.
-        """
-        try:
-            yield
-        except OSError as error:
-            raise CacheError(
-                f"{self.folder}: {self.what} cannot be written ({error.strerror or error}); what is there is kept; "
-                f"{self.remedy}"
-            ) from error
-
     def prepare(self, *, describes: bool = True) -> None:
-        """Makes the folder with its description, which people read, and the file, sparse until it is written.
+        """Makes the folder with its description, and the file, sparse until it is written.
 
         Args:
             describes: Whether this process writes the description.
         """
+        super().prepare(describes=describes)
         with self.storing():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if describes:
-                staged = self.folder / f"{DESCRIPTION_FILE}.{os.getpid()}"
-                staged.write_text(json.dumps(self.description, indent=2, sort_keys=True, default=str), "utf-8")
-                staged.replace(self.folder / DESCRIPTION_FILE)
             self.path.touch()
 
     # ---- Blocks ----
-
-    def journal(self) -> dict[str, str]:
-        """Checksum of each block, and of whatever else was noted; of a torn line nothing."""
-        found: dict[str, str] = {}
-        for path in sorted(self.folder.glob("journal-*.jsonl")):
-            for line in path.read_text("utf-8", errors="replace").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    record = json.loads(line)
-                    if isinstance(record, dict):
-                        found |= record
-        return found
-
-    def note(self, name: str, content: bytes, writer: int = 0) -> None:
-        """Notes the checksum of what was written.
-
-        Args:
-            name: Of it.
-            content: All of it, on the disk.
-            writer: Number of the process; each has a journal of its own.
-        """
-        with (self.folder / f"journal-{writer}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(f"\n{json.dumps({name: checksum(content)})}\n")  # a line torn by a crash ends here
-            file.flush()
-            os.fsync(file.fileno())
 
     def write(self, block: int, content: bytes, writer: int = 0) -> None:
         """Writes a block, and notes it when it is on the disk."""
@@ -191,35 +124,3 @@ class BlockStore:
         """``(rows, numbers)`` in pages that are read when they are looked at; not to be written to."""
         numbers = torch.from_file(str(self.path), size=self.num_bytes // dtype.itemsize, dtype=dtype)
         return numbers.view(self.num_rows, -1)
-
-    # ---- Several processes ----
-
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[FileLock]:
-        """The lock of the folder, not taken yet; it is let go of at the end, whoever took it."""
-        with self.storing():
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder.with_suffix(".lock"))
-        try:
-            yield lock
-        finally:
-            lock.release()
-
-    def take(self, lock: FileLock, patience_s: float) -> bool:
-        """Waits for the lock; whether it was to be had.
-
-        Args:
-            lock: Of `lock`.
-            patience_s: Seconds; without end if negative.
-        """
-        with self.storing():
-            try:
-                lock.acquire(timeout=patience_s)
-            except Timeout:
-                return False
-        return True
-
-
-def checksum(content: bytes) -> str:
-    """XXH3, 128 bits, in hexadecimal: it finds accidents, at the speed of memory."""
-    return xxhash.xxh3_128_hexdigest(content)

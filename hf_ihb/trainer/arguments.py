@@ -185,12 +185,14 @@ class DistillationTrainingArguments(MethodKeys, SupervisedTrainingArguments):
         "What the teacher sees where its class scores are learned from: the student's augmented image ('identical') or "
         "the stored one ('clean'). If not given, teacher_view with method 'logits', and 'identical' otherwise.",
     )
-    teacher_cache: Literal["auto", "off", "logits", "tokens", "gram"] = key(
+    teacher_cache: Literal["auto", "off", "logits", "tokens", "gram", "views"] = key(
         "auto",
         "Ask the teacher once for each training image, where it sees the stored one, and keep on disk its scores "
         "('logits'), its tokens ('tokens') or their inner products ('gram', enough for CKA and Gram losses over tokens "
         "and far smaller), each with the scores where they are learned from too; ask in every step ('off'); or the "
-        "smallest that will do, where it saves teacher forwards ('auto').",
+        "smallest that will do, where it saves teacher forwards ('auto'). 'views': keep its scores of augmented images "
+        "by epoch and image, while this run asks, and read them in every run with the same augmentation and "
+        "augmentation_seed, features as with 'auto'; 'auto' does so where augmentation_seed is given.",
     )
     teacher_cache_dir: str | None = key(
         None, "Folder of teacher caches, shared by runs; 'hf_ihb/teacher_cache' in HF_HOME if not given."
@@ -225,7 +227,12 @@ class DistillationTrainingArguments(MethodKeys, SupervisedTrainingArguments):
 
     def _check_cache(self, on: list[Method]) -> None:
         kind, features = self.teacher_cache, [m for m in on if m.needs.layers or m.needs.final]
-        if kind in ("auto", "off"):
+        if kind == "views" and not (any(m.needs.logits for m in on) and self.teacher_logits_view == "identical"):
+            raise ValueError(
+                "key 'teacher_cache': expected 'auto' or 'off' where no class scores of augmented images are learned "
+                "from (teacher_logits_view 'identical'), found 'views'"
+            )
+        if kind in ("auto", "off", "views"):
             return
         if (kind == "logits") == bool(features):
             learned = "features" if features else "class scores"
@@ -235,10 +242,11 @@ class DistillationTrainingArguments(MethodKeys, SupervisedTrainingArguments):
                 f"'{kind}'"
             )
         name, stored = ("teacher_view", "'shared' or 'clean'") if features else ("teacher_logits_view", "'clean'")
+        other = "'off'" if features else "'views' or 'off'"
         if getattr(self, name) == "identical":
             raise ValueError(
                 f"keys 'teacher_cache' and '{name}' contradict: the teacher sees a new image in every epoch, expected "
-                f"{name} {stored}, or teacher_cache 'off'"
+                f"{name} {stored}, or teacher_cache {other}"
             )
         if kind == "gram" and (because := tokens_because(on)) is not None:
             raise ValueError(

@@ -1,6 +1,7 @@
 """From a batch to what the student sees of it: a `Step`, of images kept on the accelerator where they fit."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
 
-from hf_ihb.augment import Augmenter, class_targets
+from hf_ihb.augment import Augmenter, class_targets, code_digest
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.data import ImageSplit, StoredSplit, collate_images, host_index, onto, placement, rows_onto
 from hf_ihb.errors import DataError, ModelLoadError
@@ -131,7 +132,7 @@ class Batches:
         # a number would be compiled into the graph, and that anew in every epoch
         number = torch.full((), int(epoch), device=pixels.device) if self.args.torch_compile else int(epoch)
         seen, views = self._views_of(pixels, inputs["index"], number, labels, self._partners(inputs, int(epoch)))
-        return Step(seen, labels, views.targets, views, inputs=inputs)
+        return Step(seen, labels, views.targets, views, inputs=inputs, epoch=int(epoch))
 
     def whole_images(self, pixels: Tensor) -> Tensor:
         """What the student is shown of images in training, but for augmentation: ``(B, C, H, W)``, normalised."""
@@ -165,10 +166,29 @@ class Batches:
 
             else:
                 self._partners_from = split
-        # a grey image has one channel where its processor has three
+        self.augmenter = Augmenter(self.augmentation, self.augmentation_seed, self._fill(pixels.shape[1]), fetch, count)
+
+    def _fill(self, channels: int) -> tuple[float, ...]:
+        """Mean colour in [0, 1]; a grey image has one channel where its processor has three."""
         mean = self.pixels.mean[::-1] if self.pixels.flips else self.pixels.mean
-        fill = tuple(min(max(level, 0.0), 1.0) for level in mean[: pixels.shape[1]])
-        self.augmenter = Augmenter(self.augmentation, self.args.seed, fill, fetch, count)
+        return tuple(min(max(level, 0.0), 1.0) for level in mean[:channels])
+
+    @property
+    def augmentation_seed(self) -> int:
+        """Of what images go through."""
+        given = self.augmentation.augmentation_seed
+        return self.args.seed if given is None else given
+
+    def describe_views(self, split: StoredSplit) -> dict[str, Any]:
+        """What determines the view of each image of a training split in each epoch, beside the images, as JSON."""
+        args = self.augmentation
+        covers = args.cutout_size or args.random_erasing
+        return {
+            **dataclasses.asdict(args),
+            "augmentation_seed": self.augmentation_seed,
+            "code": code_digest(),
+            "fill": self._fill(split.num_channels) if covers else None,
+        }
 
     def _partners(self, inputs: Mapping[str, Any], epoch: int) -> tuple[Tensor, Tensor, Tensor] | None:
         """Mixing partners whose images are on the host, chosen there as well: nothing is asked of the device."""

@@ -24,6 +24,7 @@ from hf_ihb.trainer.supervised import SupervisedTrainer
 from hf_ihb.trainer.teacher_cache import TeacherCache
 from hf_ihb.trainer.teacher_scores import TeacherScores
 from hf_ihb.trainer.teacher_side import TeacherSide
+from hf_ihb.trainer.view_cache import ViewCache
 from hf_ihb.trainer.weighing import LossWeights
 
 
@@ -99,6 +100,11 @@ class DistillationTrainer(SupervisedTrainer):
     def teacher_cache(self) -> TeacherCache | None:
         """What is read in the place of the teacher, once it is open."""
         return self.teacher_side.cache
+
+    @property
+    def teacher_views(self) -> ViewCache | None:
+        """What is read in the place of the teacher where it sees augmented images, once it is open."""
+        return self.teacher_side.views.cache
 
     def _module(
         self, student: PreTrainedModel, args: TrainingArguments, first_batch: Callable[[], dict[str, Any]]
@@ -185,7 +191,14 @@ class DistillationTrainer(SupervisedTrainer):
         if self.teacher_scores is not None:
             self.teacher_accuracy = self.score_teacher()
         self.prepare_teacher()
-        return super()._inner_training_loop(*args, **kwargs)
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            self.teacher_side.views.close()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.teacher_side.views.flush()
+        super()._save_checkpoint(model, trial)
 
     def _begin_training(self, train_dataloader: DataLoader | None = None) -> None:
         super()._begin_training(train_dataloader)

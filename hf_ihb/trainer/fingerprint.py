@@ -54,6 +54,8 @@ def fingerprint(trainer: Trainer, settings: Sequence[Any]) -> dict[str, Any]:
         own = part.to_dict() if isinstance(part, TrainingArguments) else vars(part)
         names = (f.name for f in fields(part) if f.init and not is_free(f.name))
         found |= {name: _plain(own.get(name)) for name in names}
+    if found.get("augmentation_seed") == trainer.args.seed:
+        found["augmentation_seed"] = None  # as if it was not given
     images = trainer.train_dataset
     found["processes"] = trainer.args.world_size
     found["train_images"] = len(images) if hasattr(images, "__len__") else None

@@ -25,8 +25,10 @@ from hf_ihb.data.placement import readable_bytes, readable_seconds, rows_onto
 from hf_ihb.errors import CacheError
 from hf_ihb.functional.gram import TokenGram
 from hf_ihb.models.teacher import Teacher
-from hf_ihb.storage.block_store import BlockStore, checksum
+from hf_ihb.storage.block_store import BlockStore
+from hf_ihb.storage.cache_folder import checksum
 from hf_ihb.trainer.cache_rows import Code, Layout
+from hf_ihb.trainer.shared_caches import on_every_process, trouble
 
 FORMAT = 4
 BLOCK_ROWS = 512
@@ -148,13 +150,7 @@ class TeacherCache:
 
     def trouble(self, share: float = 1.0) -> str | None:
         """What keeps the cache from being built: no leave to write, or more than a share of the disk's free space."""
-        if self.store.bytes_to_write() > 0 and not self.store.may_be_written():
-            return f"{self.folder}: expected a folder for the teacher cache that can be written to"
-        needed, free = self.store.bytes_to_write(), int(share * self.store.bytes_free())
-        if needed <= free:
-            return None
-        found = readable_bytes(free) if share == 1 else f"{readable_bytes(free)} ({share:.0%} of what is free)"
-        return f"{self.folder}: expected {readable_bytes(needed)} of disk for the teacher cache, found {found}"
+        return trouble(self.store, "the teacher cache", self.store.bytes_to_write(), share)
 
     def written(self) -> int:
         """Images whose rows a journal names, without looking at the rows."""
@@ -210,16 +206,16 @@ class TeacherCache:
         shares = [(state.process_index, state.num_processes)]
         if (local := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) < state.num_processes:
             shares.append((state.local_process_index, local))  # machines that do not share a disk
-        with self._on_every_process(state):
+        with on_every_process(state, self.key, "teacher cache"):
             incomplete = bool(self.missing(show=show))
         # a whole cache is read as it is, also where nothing may be written
         with self._alone(state, show) if any(gather_object([incomplete])) else contextlib.nullcontext():
             for number, (index, count) in enumerate(shares):
-                with self._on_every_process(state):
+                with on_every_process(state, self.key, "teacher cache"):
                     missing = [block for block in self.missing(show=show) if block % count == index]
                     if missing:
                         self._build(missing, compute, batch_size, show and number == 0)
-        with self._on_every_process(state):
+        with on_every_process(state, self.key, "teacher cache"):
             if missing := self.missing():
                 raise CacheError(
                     f"{self.folder}: expected {self.store.num_blocks} whole blocks, found {len(missing)} damaged"
@@ -312,7 +308,7 @@ class TeacherCache:
         """The main process holds the lock; the others hear of it at once, however long another run takes."""
         said = False
         with contextlib.ExitStack() as stack:
-            with self._on_every_process(state):
+            with on_every_process(state, self.key, "teacher cache"):
                 lock = stack.enter_context(self.store.lock())
             while True:
                 held = [not state.is_main_process or self.store.take(lock, _LOCK_SECONDS)]
@@ -322,26 +318,6 @@ class TeacherCache:
                     print(f"Waiting for another run that builds the teacher cache in {self.folder}", flush=True)
                     said = True
             yield
-
-    @contextlib.contextmanager
-    def _on_every_process(self, state: PartialState) -> Iterator[None]:
-        """An error of one process ends all of them, instead of leaving them in a collective."""
-        error: CacheError | None = None
-        try:
-            yield
-        except CacheError as raised:
-            error = raised
-        if state.num_processes == 1:
-            if error is not None:
-                raise error
-            return
-        found = gather_object([(self.key, None if error is None else str(error))])
-        if messages := [message for _, message in found if message is not None]:
-            raise error or CacheError(messages[0])
-        if len({key for key, _ in found}) > 1:
-            raise CacheError(
-                "teacher cache: expected the same teacher and images on all processes, found different ones"
-            )
 
     def place(self, device: torch.device, where: Literal["device", "host"]) -> None:
         """Moves the rows to where they are read from fastest.

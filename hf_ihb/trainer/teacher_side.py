@@ -24,6 +24,7 @@ from hf_ihb.trainer.arguments import tokens_because
 from hf_ihb.trainer.cache_rows import Code, Kind, Layout
 from hf_ihb.trainer.compiling import compiled
 from hf_ihb.trainer.teacher_cache import TeacherCache, cache_root, describe_teacher
+from hf_ihb.trainer.teacher_views import TeacherViews
 
 # Relative error between a row of the cache and the same row computed anew: storage and, in bfloat16, kernels that round
 # differently in another batch.
@@ -61,9 +62,10 @@ class TeacherSide:
         self.cache: TeacherCache | None = None
         self.statistics: list[tuple[Tensor, Tensor]] | None = None
         needs = [method.needs for method in methods]
-        self._asks_logits = any(need.logits for need in needs)
+        self.asks_logits = any(need.logits for need in needs)
         self._preparations: list[Preparation] = list(dict.fromkeys(n.preparation for n in needs if n.layers))
         self._align = compiled(self._aligned, args)
+        self.views = TeacherViews(self)
 
     @property
     def sees_whole_images(self) -> bool:
@@ -90,7 +92,9 @@ class TeacherSide:
             shuffled: Whether each image is answered for by the next one of the batch.
         """
         parts = self._read(step, shuffled)
-        wanted = (self._asks_logits and parts.logits is None, self.layers is not None and parts.layers is None)
+        if (scores := self.views.scores(step, shuffled=shuffled)) is not None:
+            parts = parts._replace(logits=scores)
+        wanted = (self.asks_logits and parts.logits is None, self.layers is not None and parts.layers is None)
         live = self._ask(step.inputs, step.views, *wanted, shuffled=shuffled)
         logits = live.logits if parts.logits is None else parts.logits
         if self.layers is None:
@@ -113,13 +117,13 @@ class TeacherSide:
         augmented = (args.teacher_logits_view == "identical", args.teacher_view == "identical")
         if logits and layers and (augmented[0] == augmented[1] or views is None):
             pixels = self._pixels(inputs, views, augmented[0], shuffled)
-            scores, maps = self._forward(pixels, logits=True, layers=True)
+            scores, maps = self.forward(pixels, logits=True, layers=True)
             return Parts(scores, self._pooled(maps))
         scores = maps = None
         if logits:
-            scores, _ = self._forward(self._pixels(inputs, views, augmented[0], shuffled), logits=True)
+            scores, _ = self.forward(self._pixels(inputs, views, augmented[0], shuffled), logits=True)
         if layers:
-            _, maps = self._forward(self._pixels(inputs, views, augmented[1], shuffled), layers=True)
+            _, maps = self.forward(self._pixels(inputs, views, augmented[1], shuffled), layers=True)
         return Parts(scores, None if maps is None else self._pooled(maps))
 
     def _pixels(self, inputs: Mapping[str, Any], views: Views | None, augmented: bool, shuffled: bool) -> Tensor:
@@ -140,9 +144,10 @@ class TeacherSide:
             )
         return pixels.roll(-1, dims=0) if shuffled else pixels
 
-    def _forward(
+    def forward(
         self, pixels: Tensor, *, logits: bool = False, layers: bool = False
     ) -> tuple[Tensor | None, list[FeatureMap]]:
+        """Scores ``(B, K)`` and features of prepared pixels, as far as they are wanted."""
         teacher, norm = self.trainer.teacher, self.trainer.args.teacher_norm
         with torch.no_grad(), self.trainer.accelerator.autocast():
             if not layers:
@@ -222,7 +227,7 @@ class TeacherSide:
         count = 0
         for inputs in tqdm(loader, desc="Teacher statistics", disable=trainer.is_quiet):
             pixels = self._pixels(trainer._prepare_inputs(inputs), None, False, False)
-            _, maps = self._forward(pixels, layers=True)
+            _, maps = self.forward(pixels, layers=True)
             maps = maps + [self._final_map(maps)] * self.layers.has_final
             # float64 on the CPU: not every accelerator has it, and this is done once
             tokens = [m.patch_tokens.cpu().double() for m in maps]
@@ -262,8 +267,11 @@ class TeacherSide:
                 flush=True,
             )
         cache, reason = self._choose_cache()
+        views, why = self.views.choose(_SHARE_OF_DISK)
         if args.teacher_cache == "auto" and trainer.is_world_process_zero():
-            print(f"teacher_cache auto: {'off' if cache is None else cache.layout.kind} ({reason})", flush=True)
+            kinds = " and ".join(([cache.layout.kind] if cache else []) + ([views.kind] if views else [])) or "off"
+            reasons = [reason] if cache or not views else []
+            print(f"teacher_cache auto: {kinds} ({'; '.join(reasons + ([why] if why else []))})", flush=True)
         # what is drawn in training must not depend on whether the teacher had to be asked before
         with torch.random.fork_rng(devices=[args.device] if args.device.type == "cuda" else []):
             self._take_statistics(cache)
@@ -276,6 +284,7 @@ class TeacherSide:
                 )
                 cache.place(args.device, placement(cache.num_bytes, args.device))
                 self.cache = cache
+            self.views.open(views, _TOLERANCES[self.precision])
 
     def _choose_cache(self) -> tuple[TeacherCache | None, str]:
         """The cache to read from, if any, and why."""
@@ -283,7 +292,7 @@ class TeacherSide:
         if asked == "off":
             return None, "asked for"
         if (obstacle := self._obstacle()) is not None:
-            if asked != "auto":
+            if asked not in ("auto", "views"):
                 raise RecipeError(f"key 'teacher_cache': expected 'off', found '{asked}': {obstacle}")
             return None, obstacle
         kind = self._kind(asked)
@@ -293,9 +302,9 @@ class TeacherSide:
             Layout(kind, self._shapes(kind)),
             len(self.trainer.train_dataset),
         )
-        if asked != "auto":
+        if asked not in ("auto", "views"):
             return cache, "asked for"
-        to_go, live = cache.num_rows - cache.written(), self._images_to_see()
+        to_go, live = cache.num_rows - cache.written(), self.images_to_see()
         forwards = f"{to_go:,} teacher forwards instead of {live:,}"
         if to_go >= live:
             return None, f"a cache would take {forwards}"
@@ -306,7 +315,7 @@ class TeacherSide:
     def _is_stored(self) -> tuple[bool, bool]:
         """Whether scores, and whether features, are wanted of images as they are stored."""
         args = self.trainer.args
-        logits = self._asks_logits and args.teacher_logits_view == "clean"
+        logits = self.asks_logits and args.teacher_logits_view == "clean"
         return logits, self.layers is not None and args.teacher_view != "identical"
 
     def _obstacle(self) -> str | None:
@@ -324,7 +333,7 @@ class TeacherSide:
             return "logits"
         enough = tokens_because(self.methods) is None and self._preparations == [self._gram_preparation]
         smallest = "gram" if enough else "tokens"
-        name = smallest if asked == "auto" else asked
+        name = smallest if asked in ("auto", "views") else asked
         return f"logits+{name}" if logits else name
 
     def _reason(self, kind: Kind) -> str:
@@ -370,7 +379,8 @@ class TeacherSide:
     def _gram_preparation(self) -> Preparation:
         return "centered" if self.trainer.args.center_positions else "plain"
 
-    def _images_to_see(self) -> int:
+    def images_to_see(self) -> int:
+        """Images that a training asks the teacher about, one epoch after the other."""
         args = self.trainer.args
         if args.max_steps > 0:
             return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -23,6 +23,7 @@ from hf_ihb.functional.tokens import pool_tokens, resampling_matrix, standardize
 from hf_ihb.methods.base import TokenPair
 from hf_ihb.models.processing import PixelFormat
 from hf_ihb.trainer.compiling import compiled
+from hf_ihb.trainer.score_rows import ScoreRow
 from tests.augment.test_augmenter import SETTINGS
 from tests.methods.steps import logit_loss, losses
 
@@ -133,6 +134,12 @@ def test_logit_losses_ask_the_device_for_nothing(kind, on_gpu):
         loss += task_loss([student], class_targets(labels(4), 10, 0.1, None))
 
     assert on_gpu(step) == []
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_stored_scores_of_views_ask_the_device_for_nothing(classes, on_gpu):
+    row = ScoreRow(classes)
+    assert on_gpu(lambda: row.unpack(row.pack(torch.empty(4, classes, device=GPU)))) == []
 
 
 def test_the_check_sees_a_question_a_copy_and_a_shape_that_depends_on_values(on_gpu):

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from hf_ihb.config.data import DataArguments
@@ -89,6 +91,49 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(recipe, processes, 
         assert torch.equal(resumed.weights()[name], tensor), name
     test, expected = (run.json("evaluation.json")["test"] for run in (resumed, whole))
     assert test == expected
+
+
+def stored_views(folder):
+    """(epoch, image) -> row, of all files of a cache of views; no view is in two of them."""
+    found = {}
+    for path in folder.glob("*/*.safetensors"):
+        part, epoch = load_file(path), int(path.name.split("-")[0])
+        images = np.flatnonzero(np.unpackbits(part["images"].numpy()))
+        assert not found.keys() & {(epoch, int(k)) for k in images}
+        found |= {(epoch, int(k)): row.view(torch.half) for k, row in zip(images, part["rows"], strict=True)}
+    return found
+
+
+def test_processes_share_out_views_and_killed_and_resumed_equals_uninterrupted(launch, teacher, tmp_path):
+    recipe = {**LOGITS, **RESUMABLE, "teacher_model": teacher, "teacher_cache": "views", "augmentation_seed": 5}
+
+    def run(name, *more, processes=2, **settings):
+        words = ["--teacher_cache_dir", str(tmp_path / name), *more]
+        images = ["--per_device_train_batch_size", str(32 // processes)]
+        return launch("distill.py", recipe, *words, *images, processes=processes, **settings)
+
+    whole = run("whole")
+    assert whole.code == 0, whole.stderr
+    killed = run("killed", kill_at_step=7)
+    assert killed.code != 0
+    resumed = run("killed", "--resume_from_checkpoint", "true", output_dir=killed.folder)
+    assert resumed.code == 0, resumed.stderr
+    assert resumed.logged("loss") == whole.logged("loss")
+    for name, tensor in whole.weights().items():
+        assert torch.equal(resumed.weights()[name], tensor), name
+    rows, again = stored_views(tmp_path / "whole"), stored_views(tmp_path / "killed")
+    assert len(rows) == 256  # 160 views of the first epoch, and three batches of 32
+    assert rows.keys() == again.keys()
+    assert all(torch.equal(again[place], row) for place, row in rows.items())
+    # another number of processes, another seed and temperature: the same views, and none is asked for twice
+    other = run("whole", "--temperature", "4", "--seed", "9", processes=1)
+    assert other.code == 0, other.stderr
+    after = stored_views(tmp_path / "whole")
+    assert len(after) >= 256
+    assert all(torch.equal(after[place], row) for place, row in rows.items())
+    about = other.json("evaluation.json")["teacher_views"]
+    assert about["begun_by"] == whole.folder.name
+    assert (tmp_path / "whole" / about["key"]).is_dir()
 
 
 def test_processes_that_see_other_metrics_stop_together_and_hold_one_average(tmp_path):

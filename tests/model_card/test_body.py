@@ -56,6 +56,7 @@ def test_the_results_are_those_of_the_json_files(make_run):
         ("evaluation.json", ("validation", "accuracy"), 0.2222, "validation split: 22.22 %"),
         ("evaluation.json", ("teacher_validation_accuracy",), 0.8888, "its teacher's: 88.88 %"),
         ("evaluation.json", ("train_seconds",), 6000, "100.0 minutes"),
+        ("evaluation.json", ("teacher_views",), {"key": "ab", "begun_by": "a"}, "image, begun by the run `a`"),
         ("recipe.json", ("teacher", "crop_left_out"), True, "whole ones, without the crop of its image processor"),
         ("analysis.json", ("attention", "uniform_distance"), 5.4321, "distance 5.432"),
         ("analysis.json", ("attention", "mean_distance"), 2.71828, "over layers is 2.718 patches"),

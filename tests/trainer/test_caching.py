@@ -293,7 +293,7 @@ def test_auto_takes_a_cache_that_is_there_for_the_shortest_run(structural, capsy
 
 
 def test_auto_leaves_the_cache_where_the_disk_is_full(structural, capsys, monkeypatch):
-    monkeypatch.setattr("hf_ihb.storage.block_store.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr("hf_ihb.storage.cache_folder.shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     kind, said = chosen(structural(cka_weight=1.0, max_steps=50), capsys)
     assert kind == "off"
     assert "found 0.00 MB (25% of what is free)" in said

@@ -1,0 +1,154 @@
+"""Class scores of the student's augmented images: of the teacher, or of what it said of the same views before."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from hf_ihb.data import StoredSplit, host_index
+from hf_ihb.errors import RecipeError
+from hf_ihb.runs.environment import library_versions
+from hf_ihb.step import Step
+from hf_ihb.trainer.score_rows import MOST_CLASSES, ScoreRow
+from hf_ihb.trainer.teacher_cache import cache_root, describe_teacher
+from hf_ihb.trainer.view_cache import ViewCache
+
+
+class TeacherViews:
+    """Answers for a teacher whose class scores are learned from under the ``identical`` view.
+
+    A view is a function of augmentation, its seed, epoch and image: partners of MixUp and CutMix are drawn from the
+    whole split by the same numbers, and what an operation does to an image does not depend on its batch.
+
+    Args:
+        side: `TeacherSide` whose teacher it is.
+    """
+
+    def __init__(self, side: Any) -> None:
+        self.side, self.trainer = side, side.trainer
+        self.cache: ViewCache | None = None
+
+    # ---- Asking ----
+
+    def scores(self, step: Step, *, shuffled: bool) -> Tensor | None:
+        """``(B, K)`` of a training batch, to the storage precision; None where no cache is open, or serves it.
+
+        Args:
+            step: Of the batch.
+            shuffled: Whether each image is answered for by the next one of the batch.
+        """
+        if self.cache is None or step.views is None or "teacher_pixel_values" in step.inputs:
+            return None
+        index = host_index(step.inputs)
+        scores = self.cache(step.epoch, index, lambda where: self._ask(step, where), step.views.seen.device)
+        return scores.roll(-1, dims=0) if shuffled else scores
+
+    def _ask(self, step: Step, where: Tensor | None) -> Tensor:
+        seen = step.views.seen if where is None else step.views.seen.index_select(0, where)
+        pixels = self.trainer.teacher.prepare(seen, self.side.sees_whole_images)
+        return self.side.forward(pixels, logits=True)[0]
+
+    @torch.no_grad()
+    def _fresh(self, epoch: int, rows: np.ndarray) -> Tensor:
+        """Scores of some images' views of an epoch, asked for as in training."""
+        trainer = self.trainer
+        batch = np.resize(rows, max(len(rows), trainer.args.per_device_train_batch_size))  # one graph where compiled
+        loader = DataLoader(trainer.train_dataset, batch_sampler=[batch.tolist()], collate_fn=trainer.data_collator)
+        inputs = trainer._prepare_inputs(next(iter(loader)))
+        return self._ask(trainer.batches.step(inputs, True, epoch, trainer.train_dataset), None)[: len(rows)]
+
+    # ---- The cache ----
+
+    def choose(self, share_of_disk: float) -> tuple[ViewCache | None, str]:
+        """The cache to read and write, if any, and why.
+
+        With 'auto' there is one where the seed of the augmentation is given: other runs will show the same views then.
+        Not where rows hold some of the scores alone: that is another loss at temperatures above 1.
+
+        Args:
+            share_of_disk: That 'auto' may take of what is free.
+
+        Raises:
+            RecipeError: If it is asked for and cannot serve this training.
+        """
+        trainer, asked = self.trainer, self.trainer.args.teacher_cache
+        wanted = self.side.asks_logits and trainer.args.teacher_logits_view == "identical"
+        if not wanted or asked not in ("auto", "views"):
+            return None, ""
+        if asked == "auto" and trainer.augmentation.augmentation_seed is None:
+            return None, "'views' would keep what it says of each for other runs"
+        if (obstacle := self._obstacle()) is not None:
+            if asked == "views":
+                raise RecipeError(f"key 'teacher_cache': expected 'auto' or 'off', found 'views': {obstacle}")
+            return None, obstacle
+        cache = self._made()
+        if asked == "auto" and not cache.row.is_whole:
+            return None, f"'views' would keep {cache.row.describe()}"
+        if (
+            asked == "auto"
+            and not cache.written()
+            and (trouble := cache.trouble(self._views, share_of_disk)) is not None
+        ):
+            return None, trouble
+        return cache, "what it says of each view is kept, by epoch and image"
+
+    def _made(self) -> ViewCache:
+        trainer = self.trainer
+        return ViewCache(
+            cache_root(trainer.args.teacher_cache_dir),
+            {
+                "teacher": describe_teacher(trainer.teacher, self.side.sees_whole_images),
+                "precision": f"{self.side.precision} on {trainer.args.device.type}",
+                "images": trainer.train_dataset.fingerprint(),
+                "views": trainer.batches.describe_views(trainer.train_dataset),
+                "versions": library_versions("torch", "transformers", "timm"),
+            },
+            ScoreRow(trainer.student.config.num_labels),
+            len(trainer.train_dataset),
+            run=str(trainer.args.output_dir),
+        )
+
+    def _obstacle(self) -> str | None:
+        """Why what the teacher says of a view cannot be looked up."""
+        images, layers = self.trainer.train_dataset, self.side.layers
+        if not isinstance(images, StoredSplit):
+            return "the training set is not one of stored images"
+        if self.trainer.augmentation.mixes and not hasattr(images, "images"):
+            return "images are decoded when they are asked for, and are mixed with the next of their batch"
+        if layers is not None and self.trainer.args.teacher_view == "identical":
+            return "its features of the same images are learned from as well, and take the same forward"
+        if self.trainer.student.config.num_labels > MOST_CLASSES:
+            return f"more than {MOST_CLASSES:,} classes"
+        return None
+
+    @property
+    def _views(self) -> int:
+        """Views of whole epochs that the training makes."""
+        count = len(self.trainer.train_dataset)
+        return math.ceil(self.side.images_to_see() / count) * count
+
+    def open(self, cache: ViewCache | None, tolerance: float) -> None:
+        """Opens the one that was chosen.
+
+        Args:
+            cache: None where there is none.
+            tolerance: See `ViewCache.open`.
+        """
+        self.close()
+        self.cache = cache
+        if cache is not None:
+            show = self.trainer.is_world_process_zero()
+            cache.open(self._fresh, self._views, tolerance=tolerance, show=show)
+
+    def flush(self) -> None:
+        """Writes what was asked so far: what a checkpoint stands for must not be lost with the process."""
+        if self.cache is not None:
+            self.cache.flush()
+
+    def close(self) -> None:
+        """Writes what is left, and lets another run write."""
+        if self.cache is not None:
+            self.cache.close()
