@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -54,16 +55,24 @@ def _features(**keys: Any) -> Row:
     return Row("cka", FEATURES | keys, features=True)
 
 
-# Weights and temperatures as published, for CIFAR where a paper has several.
+# Weights and temperatures as published, for CIFAR where a paper has several; PKT: 30,000 per pair in batches of 64.
 ROWS = {
     "labels": Row("ce_only", {}, None),
     "KD": _logits(),
+    "KD, standardised": _logits(logit_standardization="true"),
     "DKD": _logits(alpha=0, dkd_weight=1.0),
+    "NKD": _logits(alpha=0, nkd_weight=1.0),
+    "DIST": _logits(alpha=0, dist_weight=1.0),
     "CKA": _features(cka_weight=1.0),
     "Gram": _features(gram_weight=1.0),
     "token": _features(token_weight=1.0),
+    "feature MSE": _features(feature_mse_weight=1.0),
     "relation": _features(relation_weight=1.0),
     "RSD": _features(rsd_weight=1.0),
+    "SP": _features(sp_weight=3000.0),
+    "RKD": _features(rkd_weight=25.0),
+    "PKT": _features(pkt_weight=470.0),
+    "Procrustes": _features(procrustes_weight=1.0),
     "KD + CKA": Row("cka", FEATURES | {"cka_weight": 1.0, "alpha": 0.7, "temperature": 2.0}, features=True),
 }
 TEACHERS = {"cnn": ("resnet18", {}), "vit": ("deit", {"num_train_epochs": 2})}
@@ -178,9 +187,15 @@ def table(runs: dict[str, dict[str, Any]]) -> list[str]:
 
 def write(args: argparse.Namespace, runs: dict[str, dict[str, Any]], teachers: dict[str, Any]) -> None:
     """Results as JSON and as a table."""
+    import torch
+
     from hf_ihb.runs.environment import environment
 
-    about = {"command": f"python {shown(sys.argv)}", "environment": environment("cpu"), "steps": args.steps}
+    about = {
+        "command": f"python {shown(sys.argv)}",
+        "environment": environment(torch.device("cpu")),
+        "steps": args.steps,
+    }
     minutes = sum(r.get("seconds", 0) for r in (*runs.values(), *teachers.values())) / 60
     record = about | {"minutes": minutes, "teachers": teachers, "runs": runs}
     (RESULTS / f"{args.name}.json").write_text(json.dumps(record, indent=1), "utf-8")
@@ -219,7 +234,7 @@ def main() -> None:
         row = ROWS[name]
         if row.teacher is not None and row.teacher not in teachers:
             teach(row.teacher)
-        folder = args.work / f"{name.replace(' ', '')}-{seed}-{control}"
+        folder = args.work / f"{re.sub(r'[^A-Za-z0-9+]', '', name)}-{seed}-{control}"
         found = runs[f"{name}|{seed}|{control}"] = run(command(row, seed, control, args, folder), folder)
         print(name, seed, control, found.get("accuracy", found.get("failed")), flush=True)
         write(args, runs, teachers)
