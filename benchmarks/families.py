@@ -283,6 +283,7 @@ def _timm(name: str, options: dict[str, Any], size: int, blocks: Any, sides: tup
 
 
 _FOUR, _SHORT = (16, 8, 4, 2), {"layers": [1, 1, 1, 1]}
+_COAT = {"embed_dims": (8, 16, 24, 32), "serial_depths": (1,) * 4, "num_heads": 8, "img_size": 64}
 _SMALL_VIT = {"embed_dim": 24, "depth": 3, "num_heads": 2, "img_size": 64}
 
 TIMM = {
@@ -323,6 +324,8 @@ TIMM = {
                        "stage{}", (8, 4, 2), "norm", 1),
     "volo": _timm("volo_d1_224", {"img_size": 64}, 64, tuple(f"network.{i}" for i in (0, 2, 3, 4)), (8, 4, 4, 4),
                   "norm"),
+    "coat-lite": _timm("coat_lite_tiny", _COAT, 64, tuple(f"serial_blocks{i}.0" for i in (1, 2, 3, 4)), _FOUR, "norm4"),
+    "coat": _timm("coat_tiny", _COAT | {"parallel_depth": 1, "embed_dims": (16,) * 4}, 64, (), _FOUR, "norm4"),
     "densenet": _timm("densenet121", {"growth_rate": 8, "block_config": (1, 1, 2, 1)}, 64,
                       ("features.denseblock1", "features.denseblock2", "features.denseblock3", "features.norm5"),
                       _FOUR),
@@ -361,5 +364,6 @@ STUDENTS = tuple(
                  "siglip-classifier", "swin", "convnext", "resnet", "mobilenet-v2", "poolformer", "cvt", "focalnet")
 ) + tuple(
     f"timm/{name}"
-    for name in ("vision_transformer", "resnet_cifar", "convnext", "efficientnet", "swin_transformer", "fasternet")
+    for name in ("vision_transformer", "resnet_cifar", "convnext", "efficientnet", "swin_transformer", "fasternet",
+                 "coat-lite")
 )  # fmt: skip

@@ -31,7 +31,8 @@ class Case:
     def __init__(self, family: Family, folder: Path) -> None:
         self.family, self.folder = family, folder
         model = family.build()
-        model.save_pretrained(folder)
+        # CoaT holds modules at two places
+        model.save_pretrained(folder, state_dict={name: tensor.clone() for name, tensor in model.state_dict().items()})
         self.labels = [model.config.id2label[i] for i in range(5)] if family.is_classifier else ["a", "b"]
         if family.library == "transformers":
             side = {"height": family.size, "width": family.size}

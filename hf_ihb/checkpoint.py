@@ -45,10 +45,27 @@ def save_module(module: nn.Module, directory: Path, state_dict: dict[str, Tensor
     state = module.state_dict() if state_dict is None else state_dict
     student = student_state(state)
     heads = {k: v.contiguous() for k, v in state.items() if not k.startswith(_STUDENT_PREFIX)}
+    student = _apart(student, getattr(module.student, "all_tied_weights_keys", None) or {})
     module.student.save_pretrained(directory, state_dict=student, is_main_process=main_process)
     if heads and main_process:
         (directory / HEADS_FILE).parent.mkdir(parents=True, exist_ok=True)
         save_file(heads, directory / HEADS_FILE)
+
+
+def _apart(state: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str, Tensor]:
+    """A state in which no two tensors share memory but those that transformers knows of, and saves once.
+
+    A network of timm may hold a module at two places (CoaT); transformers refuses to save that.
+    """
+    known = {*tied, *tied.values()}
+    seen: set[int] = set()
+    whole = {}
+    for name, tensor in state.items():
+        place = tensor.untyped_storage().data_ptr() if type(tensor) is Tensor and tensor.device.type != "meta" else 0
+        again = place != 0 and place in seen and name not in known
+        whole[name] = tensor.clone() if again else tensor
+        seen.add(place)
+    return whole
 
 
 def student_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

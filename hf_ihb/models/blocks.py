@@ -120,9 +120,12 @@ def last_maker(model: nn.Module, maker: int | None, calls: Sequence[Call]) -> in
     network = getattr(model, "timm_model", None)
     if network is None or maker is not None:
         return maker
-    module = _module(network, (_feature_modules(network) or [""])[-1])
-    ends = [i for i, call in enumerate(calls) if call.module is module]
-    return ends[-1] if ends else None
+    name = (_feature_modules(network) or [""])[-1]
+    module = _module(network, name)
+    # a list of blocks is not called itself
+    inside = f"timm_model.{name}."
+    ends = [i for i, call in enumerate(calls) if call.module is module or call.path.startswith(inside)]
+    return ends[-1] if ends and name else None
 
 
 def _stem_pattern(network: nn.Module) -> re.Pattern | None:

@@ -92,7 +92,7 @@ def probe(model: PreTrainedModel, pixel_values: Tensor, **kwargs: Any) -> ModelL
     patches = _patches_of_stem(model, image, kwargs, stem)
     blocks = _layouts(states, indices, maps, tuple(image.shape[-2:]), patches)
     last = last_maker(model, makers[indices[-1]], calls)
-    return ModelLayout(blocks, _norm_after(last, blocks[-1].width, calls))
+    return ModelLayout(blocks, _norm_after(last, blocks[-1].width, calls, states[indices[-1]]))
 
 
 def _patches_of_stem(model: nn.Module, image: Tensor, kwargs: dict[str, Any], stem: Sequence[Tensor]) -> range | None:
@@ -254,8 +254,9 @@ def _fits_shape(grid: Sequence[int], size: tuple[int, int]) -> bool:
 # ---- The norm after the last block ----
 
 
-def _norm_after(maker: int | None, width: int, calls: Sequence[Call]) -> Norm | None:
-    """The first module with weights behind the last block, if it is a norm of as many channels."""
+def _norm_after(maker: int | None, width: int, calls: Sequence[Call], state: Tensor) -> Norm | None:
+    """The norm of as many channels, if that comes first behind the last block; of several the one for its tokens."""
+    found: list[Call] = []
     for call in calls[len(calls) if maker is None else maker + 1 :]:
         weights = dict(call.module.named_parameters(recurse=False))
         *above, own = call.path.split(".")
@@ -264,14 +265,18 @@ def _norm_after(maker: int | None, width: int, calls: Sequence[Call]) -> Norm | 
         if not weights or is_of_a_list or _holds(call, calls[maker]):  # CaiT and VOLO end in blocks of another kind
             continue
         if not is_norm or next(iter(weights.values())).shape != (width,) or not call.inputs:
-            return None
-        source = call.inputs[0]
-        takes_map = source.ndim == 4 and (
-            source.shape[-1] != width or isinstance(call.module, nn.GroupNorm | nn.BatchNorm2d)
-            or "2d" in type(call.module).__name__
-        )  # fmt: skip
-        return Norm(call.path, takes_map, width)
-    return None
+            break
+        found.append(call)
+    if not found:
+        return None
+    # CoaT ends in one for each scale
+    own = min(found, key=lambda call: abs(call.inputs[0].numel() - state.numel()))
+    source = own.inputs[0]
+    takes_map = source.ndim == 4 and (
+        source.shape[-1] != width or isinstance(own.module, nn.GroupNorm | nn.BatchNorm2d)
+        or "2d" in type(own.module).__name__
+    )  # fmt: skip
+    return Norm(own.path, takes_map, width)
 
 
 def _holds(call: Call, other: Call) -> bool:

@@ -50,6 +50,11 @@ def test_a_family_as_a_student(tmp_path):
     training.resume(family, dinov2, tmp_path / "resume")
 
 
+def test_a_student_that_holds_a_module_at_two_places_is_saved_plain(tmp_path):
+    dinov2 = Case(FAMILIES["transformers/dinov2"], tmp_path).teacher
+    training.reload(FAMILIES["timm/coat-lite"], dinov2, tmp_path / "reload")
+
+
 # ---- Errors: one line that names the model and the key ----
 
 
