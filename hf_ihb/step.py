@@ -126,6 +126,7 @@ class Needs:
         preparation: What is done to the teacher's tokens before: ``centered`` takes off the mean of their position over
             the training images, ``standardized`` the mean and the deviation of each channel.
         final: Tokens of the last block of the student and of the deepest teacher layer, each after the final norm.
+        exits: Patch tokens of the chosen blocks of the student, for a head on them that asks nothing of the teacher's.
         attention: Attention maps of every block of the student, with gradients.
         masked: A second forward of the student, of the images that `Method.masked_pixels` returns.
         statistics: The loss is one of the batch of all processes.
@@ -136,6 +137,7 @@ class Needs:
     because: str | None = None
     preparation: Preparation = "plain"
     final: bool = False
+    exits: bool = False
     attention: bool = False
     masked: bool = False
     statistics: bool = False

@@ -103,6 +103,24 @@ def correspond(
     )
 
 
+@torch.no_grad()
+def blocks_of_student(
+    student: PreTrainedModel, pixel_values: Tensor, layers: Sequence[int]
+) -> tuple[tuple[int, ...], Widths]:
+    """Some blocks of a student, counted from 0, and their widths, for heads that are compared with no teacher layer.
+
+    Args:
+        student: That is trained.
+        pixel_values: ``(1, C, H, W)``, normalised.
+        layers: Block indices, -1 for the last one.
+
+    Raises:
+        RecipeError: If one of them does not exist.
+    """
+    numbers, maps, _ = _of_student(student, pixel_values, layers, False)
+    return numbers, Widths(tuple(m.tokens.shape[-1] for m in maps), ())
+
+
 def _of_student(
     student: PreTrainedModel, pixel_values: Tensor, layers: Sequence[int], final: bool
 ) -> tuple[tuple[int, ...], list[FeatureMap], list[FeatureMap]]:

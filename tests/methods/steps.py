@@ -75,7 +75,7 @@ def slope(reference, x, place, by=1e-5):
 
 
 BATCH, TOKENS, WIDTH, CLASSES = 12, 9, 6, 5
-WIDTHS = Widths((WIDTH,), (2 * WIDTH,), (WIDTH, 2 * WIDTH))
+WIDTHS = Widths((WIDTH,), (2 * WIDTH,), (WIDTH, 2 * WIDTH), CLASSES)
 
 
 def example(kind, *, parameter=None, rows=slice(None), cached=False, device="cpu", dtype=torch.float32, head=None):

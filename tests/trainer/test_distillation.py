@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from hf_ihb import methods
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.config.fields import NON_NEGATIVE, key
+from hf_ihb.errors import RecipeError
 from hf_ihb.methods import METHODS
 from hf_ihb.methods.base import Method
 from hf_ihb.step import Needs
@@ -271,6 +272,38 @@ def test_each_method_sees_its_own_masked_images(make_trainer, monkeypatch):
     logged = next(entry for entry in trainer.state.log_history if "curious_loss" in entry)
     assert logged["spread_of_images"] < 1e-6  # one black image, as often as the batch is long
     assert logged["masked"] > 1e-6
+
+
+@dataclass
+class Exiting(Curious):
+    """Looks at heads of the student's blocks, and at nothing of the teacher's."""
+
+    name: ClassVar[str] = "curious"
+
+    @property
+    def needs(self):
+        return Needs(logits=True, exits=True)
+
+    def head(self, widths):
+        self.widths = widths
+        return super().head(widths)
+
+    def loss(self, student, step):
+        return torch.stack([x.square().mean() for x in student.method_heads["curious"]]).mean()
+
+
+def test_exits_of_the_student_ask_nothing_of_the_teachers_layers(make_trainer, monkeypatch):
+    method = Exiting()
+    monkeypatch.setattr("hf_ihb.trainer.distillation.methods_of", lambda args: [method])
+    monkeypatch.setattr("hf_ihb.models.teacher.Teacher.features", lambda *args: pytest.fail("features were asked for"))
+    trainer = make_trainer(cka_weight=1.0, task_loss_weight=0.0, student_layers=[0, -1], max_steps=1)
+    assert trainer.teacher_side.layers is None
+    assert trainer.model.layers == (0, trainer.student.config.num_hidden_layers - 1)
+    assert method.widths == ((trainer.student.config.hidden_size,) * 2, (), None, trainer.student.config.num_labels)
+    _, found = gradients(trainer)
+    assert all(found[f"heads.curious.{n}.weight"].abs().max() > 0 for n in (0, 1))
+    with pytest.raises(RecipeError, match=r"key 'student_layers': .*9"):
+        make_trainer(cka_weight=1.0, student_layers=[9], teacher_layers=[1])
 
 
 # ---- Every method ----
