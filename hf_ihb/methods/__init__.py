@@ -10,6 +10,7 @@ from hf_ihb.methods.feature_mse import FeatureMSE
 from hf_ihb.methods.gram import Gram
 from hf_ihb.methods.logits import LogitDistillation
 from hf_ihb.methods.nkd import NKD
+from hf_ihb.methods.ofa import OFA
 from hf_ihb.methods.pkt import PKT
 from hf_ihb.methods.procrustes import Procrustes
 from hf_ihb.methods.relation import Relation
@@ -23,6 +24,7 @@ METHODS: tuple[type[Method], ...] = (
     DKD,
     NKD,
     DIST,
+    OFA,
     CKA,
     Gram,
     Token,
