@@ -141,6 +141,7 @@ class DistillationTrainer(SupervisedTrainer):
             self.teacher.prepare(other, whole=True) if other.dtype == torch.uint8 else other,
             final=any(need.final for need in needs),
             several_tokens=args.cka_scope == "tokens",
+            attention=any(need.teacher_attention for need in needs),
         )
 
     def _student_side(

@@ -107,17 +107,23 @@ def example(kind, *, parameter=None, rows=slice(None), cached=False, device="cpu
         logits=tokens.mean(1) @ classifier.to(dtype),
         features=(tokens,),
         final_tokens=tokens,
-        attentions=(attention[rows].softmax(-1),) if kind.needs.attention else None,
+        attentions=(attention_of(tokens, attention[rows]),) if kind.needs.attention else None,
     )
     known = unpack_gram(pack_gram(layer[rows]), TOKENS) if cached and kind.needs.layers == "gram" else layer[rows]
     teacher = TeacherOutputs(
         logits=scores[rows],
         layers={kind.needs.preparation: [TeacherTokens(known, mask)]},
         final=TeacherTokens(final[rows], mask),
+        attentions=[(layer @ layer.mT)[rows].softmax(-1)] if kind.needs.teacher_attention else None,
     )
     if (head := head or head_of(kind, device, dtype)) is not None:
         outputs.method_heads = {kind.name: head(outputs, teacher)}
     return outputs, Step(tokens, labels, unmixed=torch.ones(len(tokens), device=device), teacher=teacher)
+
+
+def attention_of(tokens, noise):
+    """``(B, 2, T, T)`` maps of two heads over some tokens ``(B, N, D)`` and one before them."""
+    return (noise + torch.nn.functional.pad(tokens.float() @ tokens.float().mT, (1, 0, 1, 0))[:, None]).softmax(-1)
 
 
 def head_of(kind, device="cpu", dtype=torch.float32):
