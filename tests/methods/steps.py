@@ -15,9 +15,9 @@ BY_NAME = {kind.name: kind for kind in METHODS}
 
 
 def method(name, **keys):
-    """A method with some keys; position codes are left in unless a key asks for their removal."""
+    """A method of one layer with some keys; position codes are left in unless a key asks for their removal."""
     defaults = {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(MethodKeys)}
-    return BY_NAME[name].of(SimpleNamespace(**defaults | {"center_positions": False} | keys))
+    return BY_NAME[name].of(SimpleNamespace(**defaults | {"center_positions": False, "student_layers": [0]} | keys))
 
 
 def step_of(kind, layers, weight, **more):

@@ -20,19 +20,20 @@ from hf_ihb.step import Needs
 from hf_ihb.trainer import DistillationTrainer, arguments
 from hf_ihb.trainer.arguments import DistillationTrainingArguments, LogitDistillationTrainingArguments, keys_today
 from tests.methods.steps import keys_of
+from tests.methods.steps import method as method_of
 
 LAYERS = {"student_layers": [0, 2], "teacher_layers": [1, 2], "teacher_statistics_samples": 64}
 CROP = AugmentationArguments(random_crop_padding=2, horizontal_flip=0.5)
 
 
 @pytest.fixture
-def make_trainer(make_student, make_teacher, make_args, train_split, eval_split, processor, tmp_path):
-    def make(student=None, augmentation=CROP, arguments_class=DistillationTrainingArguments, **keys):
+def make_trainer(make_student, make_teacher, make_vit, make_args, train_split, eval_split, processor, tmp_path):
+    def make(student=None, augmentation=CROP, arguments_class=DistillationTrainingArguments, vit=False, **keys):
         keys = {**LAYERS, "teacher_cache": "off", "teacher_cache_dir": str(tmp_path / "caches"), "max_steps": 2} | keys
         return DistillationTrainer(
             student or make_student(), make_args(arguments_class, **keys), train_dataset=train_split,
             eval_dataset=eval_split, processing_class=processor, augmentation=augmentation,
-            teacher_model=make_teacher(),
+            teacher_model=make_vit() if vit else make_teacher(),
         )  # fmt: skip
 
     return make
@@ -62,7 +63,8 @@ COMBINATIONS = {
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_the_gradient_of_a_sum_is_the_sum_of_the_gradients(name, make_trainer, make_student):
     parts = COMBINATIONS[name]
-    task = {"distilled_heads": "both"}  # one set of heads for the labels, whatever is on
+    # one set of heads for the labels, whatever is on; and a teacher that has all that any method needs
+    task = {"distilled_heads": "both", "vit": name == "all"}
     together, found = gradients(make_trainer(make_student(), **task, **{k: v for p in parts for k, v in p.items()}))
     total, added = 0.0, {}
     for part in parts:
@@ -311,11 +313,12 @@ def test_exits_of_the_student_ask_nothing_of_the_teachers_layers(make_trainer, m
 
 @pytest.mark.parametrize("name", [kind.name for kind in METHODS])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(name, make_trainer, make_student, tmp_path):
-    (kind,) = [k for k in METHODS if k.name == name]
+    kind = method_of(name)
     keys = {**keys_of(kind), "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "ema_decay": 0.5}
 
     def run(folder, **more):
-        trainer = make_trainer(make_student(drop_path_rate=0.1), output_dir=str(tmp_path / folder), **keys)
+        student, vit = make_student(drop_path_rate=0.1), kind.needs.teacher_attention
+        trainer = make_trainer(student, output_dir=str(tmp_path / folder), vit=vit, **keys)
         trainer.train(**more)
         trainer.save_model()
         return trainer

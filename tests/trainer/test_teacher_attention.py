@@ -5,15 +5,12 @@ from typing import ClassVar
 
 import pytest
 import torch
-from transformers import ViTConfig, ViTForImageClassification
 
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.config.fields import NON_NEGATIVE, key
 from hf_ihb.errors import RecipeError
 from hf_ihb.functional.geometry import identity_affine
 from hf_ihb.methods.base import Method
-from hf_ihb.models.processing import pixel_format
-from hf_ihb.models.teacher import Teacher
 from hf_ihb.step import Needs
 from hf_ihb.trainer import DistillationTrainer
 from hf_ihb.trainer.arguments import DistillationTrainingArguments
@@ -33,17 +30,6 @@ class Watching(Method):
 
     def loss(self, student, step):
         return torch.stack([a.square().mean() for a in student.attentions]).mean()
-
-
-@pytest.fixture
-def make_vit(processor):
-    def make(patch_size=4):
-        torch.manual_seed(5)
-        shape = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
-        config = ViTConfig(image_size=16, patch_size=patch_size, initializer_range=0.3, num_labels=4, **shape)
-        return Teacher(ViTForImageClassification(config), pixel_format(processor))
-
-    return make
 
 
 @pytest.fixture
