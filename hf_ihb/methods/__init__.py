@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from hf_ihb.methods.attention import AttentionTransfer
 from hf_ihb.methods.base import Method, SharedKeys
 from hf_ihb.methods.cka import CKA
 from hf_ihb.methods.dist import DIST
@@ -35,6 +36,7 @@ METHODS: tuple[type[Method], ...] = (
     RKD,
     PKT,
     Procrustes,
+    AttentionTransfer,
 )
 
 
