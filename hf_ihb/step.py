@@ -74,11 +74,14 @@ class TeacherOutputs:
         logits: ``(B, K)`` class scores in the student's order; None where no method needs them.
         layers: For each preparation that a method needs one `TeacherTokens` a layer.
         final: Of the deepest of the layers after the teacher's final norm; None where no method needs it.
+        attentions: For each layer ``(B, N, N)``, what the student's token i would give to each other by the teacher's
+            attention between patches, mean over heads; rows are not normalised. None where no method needs them.
     """
 
     logits: Tensor | None = None
     layers: dict[Preparation, list[TeacherTokens]] = field(default_factory=dict)
     final: TeacherTokens | None = None
+    attentions: list[Tensor] | None = None
 
 
 @dataclass
@@ -126,7 +129,9 @@ class Needs:
         preparation: What is done to the teacher's tokens before: ``centered`` takes off the mean of their position over
             the training images, ``standardized`` the mean and the deviation of each channel.
         final: Tokens of the last block of the student and of the deepest teacher layer, each after the final norm.
+        exits: Patch tokens of the chosen blocks of the student, for a head on them that asks nothing of the teacher's.
         attention: Attention maps of every block of the student, with gradients.
+        teacher_attention: The attention between patches of the teacher's layers; beside `attention` and `layers`.
         masked: A second forward of the student, of the images that `Method.masked_pixels` returns.
         statistics: The loss is one of the batch of all processes.
     """
@@ -136,7 +141,9 @@ class Needs:
     because: str | None = None
     preparation: Preparation = "plain"
     final: bool = False
+    exits: bool = False
     attention: bool = False
+    teacher_attention: bool = False
     masked: bool = False
     statistics: bool = False
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from hf_ihb.methods.attention import AttentionTransfer
 from hf_ihb.methods.base import Method, SharedKeys
 from hf_ihb.methods.cka import CKA
 from hf_ihb.methods.dist import DIST
@@ -10,6 +11,7 @@ from hf_ihb.methods.feature_mse import FeatureMSE
 from hf_ihb.methods.gram import Gram
 from hf_ihb.methods.logits import LogitDistillation
 from hf_ihb.methods.nkd import NKD
+from hf_ihb.methods.ofa import OFA
 from hf_ihb.methods.pkt import PKT
 from hf_ihb.methods.procrustes import Procrustes
 from hf_ihb.methods.relation import Relation
@@ -23,6 +25,7 @@ METHODS: tuple[type[Method], ...] = (
     DKD,
     NKD,
     DIST,
+    OFA,
     CKA,
     Gram,
     Token,
@@ -33,6 +36,7 @@ METHODS: tuple[type[Method], ...] = (
     RKD,
     PKT,
     Procrustes,
+    AttentionTransfer,
 )
 
 

@@ -103,11 +103,13 @@ class Widths(NamedTuple):
         student: Of each student layer.
         teacher: Of each teacher layer.
         final: Of the student's last block and of the deepest teacher layer; None where no method needs them.
+        classes: Number of classes.
     """
 
     student: tuple[int, ...]
     teacher: tuple[int, ...]
     final: tuple[int, int] | None = None
+    classes: int = 0
 
 
 @dataclass

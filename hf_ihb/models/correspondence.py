@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_ihb.errors import RecipeError
+from hf_ihb.errors import ModelLoadError, RecipeError
 from hf_ihb.functional.tokens import pool_tokens
 from hf_ihb.methods.base import SharedKeys, Widths
+from hf_ihb.models.attention import capture_attention
 from hf_ihb.models.features import FeatureMap, extract_features, layout_of, resolve_layers, size_arguments
 from hf_ihb.models.files import UNREADABLE, one_line
 from hf_ihb.models.teacher import Teacher
@@ -63,6 +64,7 @@ def correspond(
     *,
     final: bool,
     several_tokens: bool,
+    attention: bool = False,
 ) -> Correspondence:
     """Sees both models at work on one image.
 
@@ -74,16 +76,20 @@ def correspond(
         teacher_pixels: Likewise for the teacher.
         final: Whether the tokens after the last block are compared.
         several_tokens: Whether a layer must have more than one.
+        attention: Whether attention between the patches of both is compared.
 
     Raises:
-        RecipeError: If a layer of the student does not exist, or one of the teacher has a single token.
+        RecipeError: If a layer of the student does not exist, one of the teacher has a single token, or a model has no
+            attention that could be compared.
         TeacherMismatchError: If a layer of the teacher does not exist.
     """
-    teacher_layers = teacher.resolve_layers(
-        teacher_pixels.to(teacher.model.device), keys.teacher_layers or keys.student_layers
-    )
+    teacher_pixels = teacher_pixels.to(teacher.model.device)
+    if attention:
+        check_attention(student, pixel_values, "student")
+        check_attention(teacher.model, teacher_pixels.to(teacher.model.dtype), f"teacher '{teacher.name}'")
+    teacher_layers = teacher.resolve_layers(teacher_pixels, keys.teacher_layers or keys.student_layers)
     student_layers, students, final_maps = _of_student(student, pixel_values, keys.student_layers, final)
-    teachers = teacher.features(teacher_pixels.to(teacher.model.device), teacher_layers, keys.teacher_norm)
+    teachers = teacher.features(teacher_pixels, teacher_layers, keys.teacher_norm)
     for layer, feature_map in zip(teacher_layers, teachers, strict=True):
         if feature_map.grid == (1, 1) and several_tokens:
             raise RecipeError(f"key 'teacher_layers': expected several tokens, found one in block {layer}")
@@ -101,6 +107,53 @@ def correspond(
         teacher_shapes=tuple(tuple(tokens.shape[1:]) for tokens, _ in pooled),
         final_layer=layout_of(student).depth - 1 if final else None,
     )
+
+
+@torch.no_grad()
+def blocks_of_student(
+    student: PreTrainedModel, pixel_values: Tensor, layers: Sequence[int]
+) -> tuple[tuple[int, ...], Widths]:
+    """Some blocks of a student, counted from 0, and their widths, for heads that are compared with no teacher layer.
+
+    Args:
+        student: That is trained.
+        pixel_values: ``(1, C, H, W)``, normalised.
+        layers: Block indices, -1 for the last one.
+
+    Raises:
+        RecipeError: If one of them does not exist.
+    """
+    numbers, maps, _ = _of_student(student, pixel_values, layers, False)
+    return numbers, Widths(tuple(m.tokens.shape[-1] for m in maps), ())
+
+
+def check_attention(model: PreTrainedModel, pixel_values: Tensor, role: str) -> None:
+    """Sees that every block of a model has attention between all of its patches.
+
+    Args:
+        model: A student or a teacher.
+        pixel_values: ``(1, C, H, W)``, normalised.
+        role: Which of the two, for the message.
+
+    Raises:
+        RecipeError: If not.
+    """
+    seen: list[int] = []
+    training, _ = model.training, model.eval()
+    try:
+        depth = layout_of(model, pixel_values, **size_arguments(model, pixel_values)).depth
+        capture_attention(
+            model, pixel_values, lambda block, _: seen.append(block), **size_arguments(model, pixel_values)
+        )
+    except (ModelLoadError, *UNREADABLE) as error:
+        raise RecipeError(f"key 'attention_weight', {role}: {one_line(error)}") from error
+    finally:
+        model.train(training)
+    if len(seen) != depth:
+        raise RecipeError(
+            f"key 'attention_weight', {role}: expected {type(model).__name__} to have attention between all patches in "
+            f"each of its {depth} blocks, found it {len(seen)} times; leave attention out"
+        )
 
 
 def _of_student(

@@ -10,8 +10,9 @@ from transformers import DeiTForImageClassification, PreTrainedModel, TrainingAr
 
 from hf_ihb.errors import RecipeError
 from hf_ihb.methods import SharedKeys, methods_of
+from hf_ihb.methods.base import Widths
 from hf_ihb.models.classes import class_names
-from hf_ihb.models.correspondence import Correspondence, correspond
+from hf_ihb.models.correspondence import Correspondence, blocks_of_student, correspond
 from hf_ihb.models.module import StudentModule
 from hf_ihb.models.processing import pixel_format
 from hf_ihb.models.teacher import Teacher
@@ -116,12 +117,13 @@ class DistillationTrainer(SupervisedTrainer):
         self.teacher_scores = TeacherScores(self) if self.needs_logits else None
         self._losses, self.loss_weights = method_losses(self.methods, args), LossWeights(self.methods, args)
         head = self._distillation_head(student, args)
-        heads = {} if layers is None else self._heads(layers, args.seed)
+        student_layers, widths = self._student_side(layers, student, args, first_batch)
+        heads = {} if widths is None else self._heads(widths._replace(classes=student.config.num_labels), args.seed)
         final_layer = None if layers is None else layers.final_layer
         self._has_heads, attention = bool(heads), any(method.needs.attention for method in self.methods)
         return StudentModule(
             student,
-            () if layers is None else layers.student_layers,
+            student_layers,
             heads,
             final_layer if head is None else student.config.num_hidden_layers - 1,
             head,
@@ -135,8 +137,7 @@ class DistillationTrainer(SupervisedTrainer):
         needs = [method.needs for method in self.methods]
         if not any(need.layers or need.final for need in needs):
             return None
-        device = next(student.parameters()).device
-        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in first_batch().items()}
+        batch = _on_device_of(student, first_batch())
         pixels = batch["pixel_values"]
         other = batch.get("teacher_pixel_values", pixels)
         return correspond(
@@ -147,15 +148,31 @@ class DistillationTrainer(SupervisedTrainer):
             self.teacher.prepare(other, whole=True) if other.dtype == torch.uint8 else other,
             final=any(need.final for need in needs),
             several_tokens=args.cka_scope == "tokens",
+            attention=any(need.teacher_attention for need in needs),
         )
 
-    def _heads(self, layers: Correspondence, seed: int) -> dict[str, nn.Module]:
+    def _student_side(
+        self,
+        layers: Correspondence | None,
+        student: PreTrainedModel,
+        args: TrainingArguments,
+        first_batch: Callable[[], dict[str, Any]],
+    ) -> tuple[tuple[int, ...], Widths | None]:
+        """Blocks of the student whose tokens are asked for, and what heads are made for; None where there are none."""
+        if layers is not None:
+            return layers.student_layers, layers.widths
+        if not any(method.needs.exits for method in self.methods):
+            return (), None
+        pixels = self.batches.whole_images(_on_device_of(student, first_batch())["pixel_values"])
+        return blocks_of_student(student, pixels, args.student_layers)
+
+    def _heads(self, widths: Widths, seed: int) -> dict[str, nn.Module]:
         heads = {}
         for method in self.methods:
             # a stream of its own: the student's initialisation must not depend on the losses that are on
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                if (head := method.head(layers.widths)) is not None:
+                if (head := method.head(widths)) is not None:
                     heads[method.name] = head
         return heads
 
@@ -287,3 +304,8 @@ class DistillationTrainer(SupervisedTrainer):
             return scores
         agreement = (outputs.logits.argmax(-1) == self.teacher_scores.decisions(step.inputs)).float()
         return scores | {"teacher_agreement": agreement}
+
+
+def _on_device_of(student: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
+    device = next(student.parameters()).device
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from hf_ihb.step import Preparation, Step, TeacherOutputs, TeacherTokens, Views
 from hf_ihb.trainer.arguments import tokens_because
 from hf_ihb.trainer.cache_rows import Code, Kind, Layout
 from hf_ihb.trainer.compiling import compiled
+from hf_ihb.trainer.teacher_attention import TeacherAttention
 from hf_ihb.trainer.teacher_cache import TeacherCache, cache_root, describe_teacher
 from hf_ihb.trainer.teacher_views import TeacherViews
 
@@ -39,10 +41,12 @@ class Parts(NamedTuple):
     Attributes:
         logits: ``(B, K)`` class scores; None where they were not asked for.
         layers: ``(B, N, D)`` of each layer, the final tokens last, or their `TokenGram`; None likewise.
+        attentions: ``(B, N, N)`` attention between patches of each layer; None likewise.
     """
 
     logits: Tensor | None = None
     layers: Sequence[Tensor | TokenGram] | None = None
+    attentions: Sequence[Tensor] | None = None
 
 
 class TeacherSide:
@@ -62,6 +66,8 @@ class TeacherSide:
         self.cache: TeacherCache | None = None
         self.statistics: list[tuple[Tensor, Tensor]] | None = None
         needs = [method.needs for method in methods]
+        asks_attention = any(need.teacher_attention for need in needs)
+        self._attention = TeacherAttention(trainer.teacher, layers) if asks_attention else None
         self.asks_logits = any(need.logits for need in needs)
         self._preparations: list[Preparation] = list(dict.fromkeys(n.preparation for n in needs if n.layers))
         self._align = compiled(self._aligned, args)
@@ -100,10 +106,9 @@ class TeacherSide:
         if self.layers is None:
             return TeacherOutputs(logits)
         follows = step.views is not None and self.trainer.args.teacher_view == "shared"
-        layers, final = self._align(
-            live.layers if parts.layers is None else parts.layers, step.views.affine if follows else None
-        )
-        return TeacherOutputs(logits, layers, final)
+        layers = live.layers if parts.layers is None else parts.layers
+        aligned = self._align(layers, step.views.affine if follows else None, live.attentions)
+        return TeacherOutputs(logits, *aligned)
 
     def logits(self, inputs: Mapping[str, Any]) -> Tensor:
         """``(B, K)`` class scores of images as they are stored."""
@@ -117,14 +122,21 @@ class TeacherSide:
         augmented = (args.teacher_logits_view == "identical", args.teacher_view == "identical")
         if logits and layers and (augmented[0] == augmented[1] or views is None):
             pixels = self._pixels(inputs, views, augmented[0], shuffled)
-            scores, maps = self.forward(pixels, logits=True, layers=True)
-            return Parts(scores, self._pooled(maps))
-        scores = maps = None
+            with self._attention_to(pixels) as attentions:
+                scores, maps = self.forward(pixels, logits=True, layers=True)
+            return Parts(scores, self._pooled(maps), attentions)
+        scores = maps = attentions = None
         if logits:
             scores, _ = self.forward(self._pixels(inputs, views, augmented[0], shuffled), logits=True)
         if layers:
-            _, maps = self.forward(self._pixels(inputs, views, augmented[1], shuffled), layers=True)
-        return Parts(scores, None if maps is None else self._pooled(maps))
+            pixels = self._pixels(inputs, views, augmented[1], shuffled)
+            with self._attention_to(pixels) as attentions:
+                _, maps = self.forward(pixels, layers=True)
+        return Parts(scores, None if maps is None else self._pooled(maps), attentions)
+
+    def _attention_to(self, pixels: Tensor) -> AbstractContextManager[list[Tensor] | None]:
+        """A list of the attention maps of a forward inside; None where no method needs them."""
+        return nullcontext() if self._attention is None else self._attention.taken(pixels)
 
     def _pixels(self, inputs: Mapping[str, Any], views: Views | None, augmented: bool, shuffled: bool) -> Tensor:
         """What the teacher sees of a batch, normalised; one view serves its scores and its features."""
@@ -172,9 +184,12 @@ class TeacherSide:
         return deepest if self.trainer.args.teacher_norm else self.trainer.teacher.normed(deepest)
 
     def _aligned(
-        self, layers: Sequence[Tensor | TokenGram], affine: Tensor | None
-    ) -> tuple[dict[Preparation, list[TeacherTokens]], TeacherTokens | None]:
-        """Tokens of each layer, prepared and at the places where the student's look: one graph where it is compiled."""
+        self, layers: Sequence[Tensor | TokenGram], affine: Tensor | None, attentions: Sequence[Tensor] | None
+    ) -> tuple[dict[Preparation, list[TeacherTokens]], TeacherTokens | None, list[Tensor] | None]:
+        """Tokens of each layer, prepared and at the places where the student's look, and attention between them.
+
+        One graph where it is compiled.
+        """
         move, geometry = Resampler(affine), self.layers
 
         def moved(layer: int, preparation: Preparation) -> TeacherTokens:
@@ -187,7 +202,15 @@ class TeacherSide:
         final = None
         if geometry.has_final:
             final = TeacherTokens(*move(layers[-1], geometry.teacher_grids[-1], geometry.grids[-1]))
-        return prepared, final
+        if attentions is None:
+            return prepared, final, None
+
+        def between(attention: Tensor, layer: int) -> Tensor:
+            grids = geometry.teacher_grids[layer], geometry.grids[layer]
+            rows, _ = move(attention, *grids)
+            return move(rows.mT, *grids)[0].mT
+
+        return prepared, final, [between(attention, layer) for layer, attention in enumerate(attentions)]
 
     def _prepared(self, tokens: Tensor, layer: int, preparation: Preparation) -> Tensor:
         if preparation == "plain":
@@ -320,6 +343,8 @@ class TeacherSide:
 
     def _obstacle(self) -> str | None:
         """Why what the teacher says of a training image is not a constant, or cannot be looked up."""
+        if self._attention is not None:
+            return "attention maps of the teacher are learned from, which no cache holds"
         if not isinstance(self.trainer.train_dataset, StoredSplit):
             return "the training set is not one of stored images"
         if not any(self._is_stored()):

@@ -8,7 +8,7 @@ from hf_ihb.functional import constants, gram
 from hf_ihb.methods import METHODS, methods_of
 from hf_ihb.trainer.arguments import DistillationTrainingArguments
 from tests.invariants.test_no_waits import GPU, Copies
-from tests.methods.steps import CLASSES, WIDTH, WIDTHS, example, head_of, keys_of, method, scalar
+from tests.methods.steps import CLASSES, WIDTH, WIDTHS, attention_of, example, head_of, keys_of, method, scalar
 
 NAMES = [kind.name for kind in METHODS]
 
@@ -90,17 +90,18 @@ def test_constant_outputs_of_either_side_give_a_finite_loss_and_gradient(name):
     kind = made(name)
     for side in ("student", "teacher", "both"):
         outputs, step = example(kind)
-        if side != "teacher":
-            outputs.features = tuple(torch.ones_like(x).requires_grad_() for x in outputs.features)
-            outputs.final_tokens, outputs.logits = outputs.features[0], outputs.features[0][:, 0, :CLASSES]
-        else:
-            outputs.features = tuple(x.requires_grad_() for x in outputs.features)
-            outputs.final_tokens, outputs.logits = outputs.features[0], outputs.features[0][:, 0, :CLASSES]
+        constant = side != "teacher"
+        outputs.features = tuple((torch.ones_like(x) if constant else x).requires_grad_() for x in outputs.features)
+        outputs.final_tokens, outputs.logits = outputs.features[0], outputs.features[0][:, 0, :CLASSES]
+        if kind.needs.attention:
+            outputs.attentions = (attention_of(outputs.features[0], 0.0),)
         if side != "student":
             step.teacher.logits = torch.ones_like(step.teacher.logits)
             layers = step.teacher.layers
             for preparation, tokens in layers.items():
                 layers[preparation] = [t._replace(tokens=torch.ones_like(t.tokens)) for t in tokens]
+            if kind.needs.teacher_attention:
+                step.teacher.attentions = [torch.ones_like(x) for x in step.teacher.attentions]
             step.teacher.final = step.teacher.final._replace(tokens=torch.ones_like(step.teacher.final.tokens))
         if (head := head_of(kind)) is not None:
             outputs.method_heads = {name: head(outputs, step.teacher)}

@@ -15,9 +15,9 @@ BY_NAME = {kind.name: kind for kind in METHODS}
 
 
 def method(name, **keys):
-    """A method with some keys; position codes are left in unless a key asks for their removal."""
+    """A method of one layer with some keys; position codes are left in unless a key asks for their removal."""
     defaults = {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(MethodKeys)}
-    return BY_NAME[name].of(SimpleNamespace(**defaults | {"center_positions": False} | keys))
+    return BY_NAME[name].of(SimpleNamespace(**defaults | {"center_positions": False, "student_layers": [0]} | keys))
 
 
 def step_of(kind, layers, weight, **more):
@@ -75,7 +75,7 @@ def slope(reference, x, place, by=1e-5):
 
 
 BATCH, TOKENS, WIDTH, CLASSES = 12, 9, 6, 5
-WIDTHS = Widths((WIDTH,), (2 * WIDTH,), (WIDTH, 2 * WIDTH))
+WIDTHS = Widths((WIDTH,), (2 * WIDTH,), (WIDTH, 2 * WIDTH), CLASSES)
 
 
 def example(kind, *, parameter=None, rows=slice(None), cached=False, device="cpu", dtype=torch.float32, head=None):
@@ -107,17 +107,23 @@ def example(kind, *, parameter=None, rows=slice(None), cached=False, device="cpu
         logits=tokens.mean(1) @ classifier.to(dtype),
         features=(tokens,),
         final_tokens=tokens,
-        attentions=(attention[rows].softmax(-1),) if kind.needs.attention else None,
+        attentions=(attention_of(tokens, attention[rows]),) if kind.needs.attention else None,
     )
     known = unpack_gram(pack_gram(layer[rows]), TOKENS) if cached and kind.needs.layers == "gram" else layer[rows]
     teacher = TeacherOutputs(
         logits=scores[rows],
         layers={kind.needs.preparation: [TeacherTokens(known, mask)]},
         final=TeacherTokens(final[rows], mask),
+        attentions=[(layer @ layer.mT)[rows].softmax(-1)] if kind.needs.teacher_attention else None,
     )
     if (head := head or head_of(kind, device, dtype)) is not None:
         outputs.method_heads = {kind.name: head(outputs, teacher)}
     return outputs, Step(tokens, labels, unmixed=torch.ones(len(tokens), device=device), teacher=teacher)
+
+
+def attention_of(tokens, noise):
+    """``(B, 2, T, T)`` maps of two heads over some tokens ``(B, N, D)`` and one before them."""
+    return (noise + torch.nn.functional.pad(tokens.float() @ tokens.float().mT, (1, 0, 1, 0))[:, None]).softmax(-1)
 
 
 def head_of(kind, device="cpu", dtype=torch.float32):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import TimmWrapperForImageClassification, set_seed
+from transformers import TimmWrapperForImageClassification, ViTConfig, ViTForImageClassification, set_seed
 
 from hf_ihb.config.model import ModelArguments
 from hf_ihb.data import ImageSplit
@@ -70,6 +70,22 @@ def make_teacher(trained_cnn):
         path, processor = trained_cnn
         model = TimmWrapperForImageClassification.from_pretrained(path)
         return Teacher(model, pixel_format(processor), names)
+
+    return make
+
+
+@pytest.fixture
+def make_vit(processor):
+    """A teacher with attention between all patches, and random weights that look somewhere."""
+
+    def make(patch_size=4):
+        shape = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+        config = ViTConfig(
+            image_size=16, patch_size=patch_size, initializer_range=0.3, id2label=dict(enumerate(LABELS)), **shape
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            return Teacher(ViTForImageClassification(config), pixel_format(processor), LABELS)
 
     return make
 

@@ -13,25 +13,27 @@ from transformers.modeling_outputs import BaseModelOutput
 from hf_ihb import methods
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.config.fields import NON_NEGATIVE, key
+from hf_ihb.errors import RecipeError
 from hf_ihb.methods import METHODS
 from hf_ihb.methods.base import Method
 from hf_ihb.step import Needs
 from hf_ihb.trainer import DistillationTrainer, arguments
 from hf_ihb.trainer.arguments import DistillationTrainingArguments, LogitDistillationTrainingArguments, keys_today
 from tests.methods.steps import keys_of
+from tests.methods.steps import method as method_of
 
 LAYERS = {"student_layers": [0, 2], "teacher_layers": [1, 2], "teacher_statistics_samples": 64}
 CROP = AugmentationArguments(random_crop_padding=2, horizontal_flip=0.5)
 
 
 @pytest.fixture
-def make_trainer(make_student, make_teacher, make_args, train_split, eval_split, processor, tmp_path):
-    def make(student=None, augmentation=CROP, arguments_class=DistillationTrainingArguments, **keys):
+def make_trainer(make_student, make_teacher, make_vit, make_args, train_split, eval_split, processor, tmp_path):
+    def make(student=None, augmentation=CROP, arguments_class=DistillationTrainingArguments, vit=False, **keys):
         keys = {**LAYERS, "teacher_cache": "off", "teacher_cache_dir": str(tmp_path / "caches"), "max_steps": 2} | keys
         return DistillationTrainer(
             student or make_student(), make_args(arguments_class, **keys), train_dataset=train_split,
             eval_dataset=eval_split, processing_class=processor, augmentation=augmentation,
-            teacher_model=make_teacher(),
+            teacher_model=make_vit() if vit else make_teacher(),
         )  # fmt: skip
 
     return make
@@ -61,7 +63,8 @@ COMBINATIONS = {
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_the_gradient_of_a_sum_is_the_sum_of_the_gradients(name, make_trainer, make_student):
     parts = COMBINATIONS[name]
-    task = {"distilled_heads": "both"}  # one set of heads for the labels, whatever is on
+    # one set of heads for the labels, whatever is on; and a teacher that has all that any method needs
+    task = {"distilled_heads": "both", "vit": name == "all"}
     together, found = gradients(make_trainer(make_student(), **task, **{k: v for p in parts for k, v in p.items()}))
     total, added = 0.0, {}
     for part in parts:
@@ -273,16 +276,49 @@ def test_each_method_sees_its_own_masked_images(make_trainer, monkeypatch):
     assert logged["masked"] > 1e-6
 
 
+@dataclass
+class Exiting(Curious):
+    """Looks at heads of the student's blocks, and at nothing of the teacher's."""
+
+    name: ClassVar[str] = "curious"
+
+    @property
+    def needs(self):
+        return Needs(logits=True, exits=True)
+
+    def head(self, widths):
+        self.widths = widths
+        return super().head(widths)
+
+    def loss(self, student, step):
+        return torch.stack([x.square().mean() for x in student.method_heads["curious"]]).mean()
+
+
+def test_exits_of_the_student_ask_nothing_of_the_teachers_layers(make_trainer, monkeypatch):
+    method = Exiting()
+    monkeypatch.setattr("hf_ihb.trainer.distillation.methods_of", lambda args: [method])
+    monkeypatch.setattr("hf_ihb.models.teacher.Teacher.features", lambda *args: pytest.fail("features were asked for"))
+    trainer = make_trainer(cka_weight=1.0, task_loss_weight=0.0, student_layers=[0, -1], max_steps=1)
+    assert trainer.teacher_side.layers is None
+    assert trainer.model.layers == (0, trainer.student.config.num_hidden_layers - 1)
+    assert method.widths == ((trainer.student.config.hidden_size,) * 2, (), None, trainer.student.config.num_labels)
+    _, found = gradients(trainer)
+    assert all(found[f"heads.curious.{n}.weight"].abs().max() > 0 for n in (0, 1))
+    with pytest.raises(RecipeError, match=r"key 'student_layers': .*9"):
+        make_trainer(cka_weight=1.0, student_layers=[9], teacher_layers=[1])
+
+
 # ---- Every method ----
 
 
 @pytest.mark.parametrize("name", [kind.name for kind in METHODS])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(name, make_trainer, make_student, tmp_path):
-    (kind,) = [k for k in METHODS if k.name == name]
+    kind = method_of(name)
     keys = {**keys_of(kind), "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "ema_decay": 0.5}
 
     def run(folder, **more):
-        trainer = make_trainer(make_student(drop_path_rate=0.1), output_dir=str(tmp_path / folder), **keys)
+        student, vit = make_student(drop_path_rate=0.1), kind.needs.teacher_attention
+        trainer = make_trainer(student, output_dir=str(tmp_path / folder), vit=vit, **keys)
         trainer.train(**more)
         trainer.save_model()
         return trainer
