@@ -3,9 +3,9 @@
 python benchmarks/reliability/resume_matrix.py [--students deit,vit,convnextv2,resnet] [--name NAME]
 
 Each small training has drop path, MixUp and a moving average, evaluates and saves at steps 2, 4 and 6, and ends with
-its best step, by a metric that prefers an early one. It is killed at the beginning of step 6 and resumed from step 4. What
-is compared: weights, average, optimizer, schedule and generators of the checkpoint of step 6, of both runs; what the
-module holds at the end, of both, and with the average that was saved at the best step.
+its best step, by a metric that prefers an early one. It is killed at the beginning of step 6 and resumed from step 4.
+What is compared: weights, average, optimizer, schedule and generators of the checkpoint of step 6, of both runs; what
+the module holds at the end, of both, and with the average that was saved at the best step.
 """
 
 import argparse

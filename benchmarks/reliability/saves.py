@@ -90,9 +90,7 @@ def sweep(
 def main() -> None:
     """Writes a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--every", type=int, default=1, help="Strike at every n-th call; at each where there are fewer."
-    )
+    parser.add_argument("--every", type=int, default=1, help="Strike at every n-th call; at all where there are fewer.")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--name", default=None, help="Of the results, without ending; printed alone if not given.")
