@@ -92,8 +92,8 @@ class TeacherSide:
             shuffled: Whether each image is answered for by the next one of the batch.
         """
         parts = self._read(step, shuffled)
-        if (scores := self.views.scores(step, shuffled=shuffled)) is not None:
-            parts = parts._replace(logits=scores)
+        logits, layers = self.views(step, shuffled=shuffled)
+        parts = Parts(*(a if b is None else b for a, b in zip(parts, (logits, layers), strict=True)))
         wanted = (self.asks_logits and parts.logits is None, self.layers is not None and parts.layers is None)
         live = self._ask(step.inputs, step.views, *wanted, shuffled=shuffled)
         logits = live.logits if parts.logits is None else parts.logits
@@ -118,13 +118,13 @@ class TeacherSide:
         if logits and layers and (augmented[0] == augmented[1] or views is None):
             pixels = self._pixels(inputs, views, augmented[0], shuffled)
             scores, maps = self.forward(pixels, logits=True, layers=True)
-            return Parts(scores, self._pooled(maps))
+            return Parts(scores, self.pooled(maps))
         scores = maps = None
         if logits:
             scores, _ = self.forward(self._pixels(inputs, views, augmented[0], shuffled), logits=True)
         if layers:
             _, maps = self.forward(self._pixels(inputs, views, augmented[1], shuffled), layers=True)
-        return Parts(scores, None if maps is None else self._pooled(maps))
+        return Parts(scores, None if maps is None else self.pooled(maps))
 
     def _pixels(self, inputs: Mapping[str, Any], views: Views | None, augmented: bool, shuffled: bool) -> Tensor:
         """What the teacher sees of a batch, normalised; one view serves its scores and its features."""
@@ -158,7 +158,7 @@ class TeacherSide:
                 scores, maps = None, teacher.features(pixels, self.layers.teacher_layers, norm)
         return scores, [m._replace(tokens=m.tokens.float()) for m in maps]
 
-    def _pooled(self, maps: Sequence[FeatureMap]) -> list[Tensor]:
+    def pooled(self, maps: Sequence[FeatureMap]) -> list[Tensor]:
         """Patch tokens of each layer, and last the final ones, where there are any."""
         tokens = self.layers.pool(maps)
         if self.layers.has_final:
@@ -179,7 +179,7 @@ class TeacherSide:
 
         def moved(layer: int, preparation: Preparation) -> TeacherTokens:
             ready = isinstance(layers[layer], TokenGram)  # prepared before its inner products were taken
-            tokens = layers[layer] if ready else self._prepared(layers[layer], layer, preparation)
+            tokens = layers[layer] if ready else self.prepared(layers[layer], layer, preparation)
             return TeacherTokens(*move(tokens, geometry.teacher_grids[layer], geometry.grids[layer]))
 
         count = len(geometry.teacher_layers)
@@ -189,7 +189,8 @@ class TeacherSide:
             final = TeacherTokens(*move(layers[-1], geometry.teacher_grids[-1], geometry.grids[-1]))
         return prepared, final
 
-    def _prepared(self, tokens: Tensor, layer: int, preparation: Preparation) -> Tensor:
+    def prepared(self, tokens: Tensor, layer: int, preparation: Preparation) -> Tensor:
+        """Tokens ``(B, N, D)`` of a layer without the mean of their position, or standardized, as a method wants."""
         if preparation == "plain":
             return tokens
         mean, std = self.statistics[layer]
@@ -298,7 +299,7 @@ class TeacherSide:
         kind = self._kind(asked)
         cache = TeacherCache(
             cache_root(self.trainer.args.teacher_cache_dir),
-            self._description(kind),
+            self.description(kind),
             Layout(kind, self._shapes(kind)),
             len(self.trainer.train_dataset),
         )
@@ -331,8 +332,7 @@ class TeacherSide:
         logits, features = self._is_stored()
         if not features:
             return "logits"
-        enough = tokens_because(self.methods) is None and self._preparations == [self._gram_preparation]
-        smallest = "gram" if enough else "tokens"
+        smallest = "gram" if self.gram_is_enough else "tokens"
         name = smallest if asked in ("auto", "views") else asked
         return f"logits+{name}" if logits else name
 
@@ -348,7 +348,7 @@ class TeacherSide:
         scores = ((1, self.trainer.student.config.num_labels),) if kind.startswith("logits") else ()
         return scores + (() if kind == "logits" else self.layers.teacher_shapes)
 
-    def _description(self, kind: Kind) -> dict[str, Any]:
+    def description(self, kind: Kind) -> dict[str, Any]:
         """What determines a row."""
         trainer, args = self.trainer, self.trainer.args
         rows = {
@@ -370,13 +370,19 @@ class TeacherSide:
                 "norm": args.teacher_norm,
                 "losses": {"relation": self.layers.has_final},  # the final tokens are part of a row
                 "grids": list(self.layers.teacher_grids),
-                "preparation": self._gram_preparation if kind.endswith("gram") else "plain",
+                "preparation": self.gram_preparation if kind.endswith("gram") else "plain",
                 "statistics_samples": args.teacher_statistics_samples if taken else None,
             }
         )
 
     @property
-    def _gram_preparation(self) -> Preparation:
+    def gram_is_enough(self) -> bool:
+        """Whether inner products of an image's tokens are all that is needed of the teacher's layers."""
+        return tokens_because(self.methods) is None and self._preparations == [self.gram_preparation]
+
+    @property
+    def gram_preparation(self) -> Preparation:
+        """What is done to tokens before their inner products are taken."""
         return "centered" if self.trainer.args.center_positions else "plain"
 
     def images_to_see(self) -> int:
@@ -409,7 +415,7 @@ class TeacherSide:
             parts = self._ask(trainer._prepare_inputs(inputs), None, logits, features)
             layers = list(parts.layers or [])
             if kind.endswith("gram"):
-                layers = [self._prepared(x, layer, self._gram_preparation) for layer, x in enumerate(layers)]
+                layers = [self.prepared(x, layer, self.gram_preparation) for layer, x in enumerate(layers)]
             yield cache.pack(parts.logits, layers)
 
     def _read(self, step: Step, shuffled: bool) -> Parts:

@@ -1,4 +1,4 @@
-"""Class scores of the student's augmented images: of the teacher, or of what it said of the same views before."""
+"""What the teacher says of the student's augmented images, or what it said of the same views before."""
 
 import math
 from typing import Any
@@ -10,15 +10,17 @@ from torch.utils.data import DataLoader
 
 from hf_ihb.data import StoredSplit, host_index
 from hf_ihb.errors import RecipeError
-from hf_ihb.runs.environment import library_versions
+from hf_ihb.functional.gram import TokenGram
 from hf_ihb.step import Step
+from hf_ihb.trainer.arguments import tokens_because
 from hf_ihb.trainer.score_rows import MOST_CLASSES, ScoreRow
-from hf_ihb.trainer.teacher_cache import cache_root, describe_teacher
+from hf_ihb.trainer.teacher_cache import cache_root
 from hf_ihb.trainer.view_cache import ViewCache
+from hf_ihb.trainer.view_rows import ViewRow
 
 
 class TeacherViews:
-    """Answers for a teacher whose class scores are learned from under the ``identical`` view.
+    """Answers for a teacher that is learned from under the ``identical`` view.
 
     A view is a function of augmentation, its seed, epoch and image: partners of MixUp and CutMix are drawn from the
     whole split by the same numbers, and what an operation does to an image does not depend on its batch.
@@ -31,29 +33,46 @@ class TeacherViews:
         self.side, self.trainer = side, side.trainer
         self.cache: ViewCache | None = None
 
+    @property
+    def _wanted(self) -> tuple[bool, bool]:
+        """Whether scores, and whether features, are wanted of augmented images."""
+        args, side = self.trainer.args, self.side
+        logits = side.asks_logits and args.teacher_logits_view == "identical"
+        return logits, side.layers is not None and args.teacher_view == "identical"
+
     # ---- Asking ----
 
-    def scores(self, step: Step, *, shuffled: bool) -> Tensor | None:
-        """``(B, K)`` of a training batch, to the storage precision; None where no cache is open, or serves it.
+    def __call__(self, step: Step, *, shuffled: bool) -> tuple[Tensor | None, list[TokenGram] | None]:
+        """Scores ``(B, K)`` and inner products of layers of a training batch, to the storage precision.
 
         Args:
             step: Of the batch.
             shuffled: Whether each image is answered for by the next one of the batch.
+
+        Returns:
+            None for each where no cache is open, or holds it.
         """
         if self.cache is None or step.views is None or "teacher_pixel_values" in step.inputs:
-            return None
+            return None, None
         index = host_index(step.inputs)
-        scores = self.cache(step.epoch, index, lambda where: self._ask(step, where), step.views.seen.device)
-        return scores.roll(-1, dims=0) if shuffled else scores
+        scores, layers = self.cache(step.epoch, index, lambda where: self._ask(step, where), step.views.seen.device)
+        if shuffled:
+            scores = None if scores is None else scores.roll(-1, dims=0)
+            layers = layers and [TokenGram(*(part.roll(-1, dims=0) for part in layer)) for layer in layers]
+        return scores, layers
 
     def _ask(self, step: Step, where: Tensor | None) -> Tensor:
+        """Rows of some of the images of a batch, with one forward."""
+        side, (logits, features) = self.side, self._wanted
         seen = step.views.seen if where is None else step.views.seen.index_select(0, where)
-        pixels = self.trainer.teacher.prepare(seen, self.side.sees_whole_images)
-        return self.side.forward(pixels, logits=True)[0]
+        pixels = self.trainer.teacher.prepare(seen, side.sees_whole_images)
+        scores, maps = side.forward(pixels, logits=logits, layers=features)
+        layers = enumerate(side.pooled(maps)) if features else ()
+        return self.cache.row.pack(scores, [side.prepared(x, n, side.gram_preparation) for n, x in layers])
 
     @torch.no_grad()
     def _fresh(self, epoch: int, rows: np.ndarray) -> Tensor:
-        """Scores of some images' views of an epoch, asked for as in training."""
+        """Rows of some images' views of an epoch, asked for as in training."""
         trainer = self.trainer
         batch = np.resize(rows, max(len(rows), trainer.args.per_device_train_batch_size))  # one graph where compiled
         loader = DataLoader(trainer.train_dataset, batch_sampler=[batch.tolist()], collate_fn=trainer.data_collator)
@@ -75,8 +94,7 @@ class TeacherViews:
             RecipeError: If it is asked for and cannot serve this training.
         """
         trainer, asked = self.trainer, self.trainer.args.teacher_cache
-        wanted = self.side.asks_logits and trainer.args.teacher_logits_view == "identical"
-        if not wanted or asked not in ("auto", "views"):
+        if not any(self._wanted) or asked not in ("auto", "views"):
             return None, ""
         if asked == "auto" and trainer.augmentation.augmentation_seed is None:
             return None, "'views' would keep what it says of each for other runs"
@@ -96,31 +114,30 @@ class TeacherViews:
         return cache, "what it says of each view is kept, by epoch and image"
 
     def _made(self) -> ViewCache:
-        trainer = self.trainer
+        trainer, side, (logits, features) = self.trainer, self.side, self._wanted
+        scores = ScoreRow(trainer.student.config.num_labels) if logits else None
+        tokens = tuple(count for count, _ in side.layers.teacher_shapes) if features else ()
         return ViewCache(
             cache_root(trainer.args.teacher_cache_dir),
-            {
-                "teacher": describe_teacher(trainer.teacher, self.side.sees_whole_images),
-                "precision": f"{self.side.precision} on {trainer.args.device.type}",
-                "images": trainer.train_dataset.fingerprint(),
-                "views": trainer.batches.describe_views(trainer.train_dataset),
-                "versions": library_versions("torch", "transformers", "timm"),
-            },
-            ScoreRow(trainer.student.config.num_labels),
+            side.description("gram" if features else "logits")
+            | {"views": trainer.batches.describe_views(trainer.train_dataset)},
+            ViewRow(scores, tokens),
             len(trainer.train_dataset),
             run=str(trainer.args.output_dir),
         )
 
     def _obstacle(self) -> str | None:
         """Why what the teacher says of a view cannot be looked up."""
-        images, layers = self.trainer.train_dataset, self.side.layers
+        images, (logits, features) = self.trainer.train_dataset, self._wanted
         if not isinstance(images, StoredSplit):
             return "the training set is not one of stored images"
         if self.trainer.augmentation.mixes and not hasattr(images, "images"):
             return "images are decoded when they are asked for, and are mixed with the next of their batch"
-        if layers is not None and self.trainer.args.teacher_view == "identical":
-            return "its features of the same images are learned from as well, and take the same forward"
-        if self.trainer.student.config.num_labels > MOST_CLASSES:
+        if features and (because := tokens_because(self.side.methods)) is not None:
+            return f"'{because}' needs the tokens of augmented images themselves, which are many"
+        if features and not self.side.gram_is_enough:
+            return "the losses take the tokens of augmented images in several ways"
+        if logits and self.trainer.student.config.num_labels > MOST_CLASSES:
             return f"more than {MOST_CLASSES:,} classes"
         return None
 
