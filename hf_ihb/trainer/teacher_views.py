@@ -32,6 +32,7 @@ class TeacherViews:
     def __init__(self, side: Any) -> None:
         self.side, self.trainer = side, side.trainer
         self.cache: ViewCache | None = None
+        self._epoch: int | None = None
 
     @property
     def _wanted(self) -> tuple[bool, bool]:
@@ -56,6 +57,9 @@ class TeacherViews:
             return None, None
         index = host_index(step.inputs)
         scores, layers = self.cache(step.epoch, index, lambda where: self._ask(step, where), step.views.seen.device)
+        if step.epoch != self._epoch:
+            self._epoch = step.epoch
+            self._complete(step.epoch - min(2, self.trainer.args.world_size))
         if shuffled:
             scores = None if scores is None else scores.roll(-1, dims=0)
             layers = layers and [TokenGram(*(part.roll(-1, dims=0) for part in layer)) for layer in layers]
@@ -70,12 +74,29 @@ class TeacherViews:
         layers = enumerate(side.pooled(maps)) if features else ()
         return self.cache.row.pack(scores, [side.prepared(x, n, side.gram_preparation) for n, x in layers])
 
+    def _complete(self, epoch: int) -> None:
+        """Asks for the few images that `dataloader_drop_last` left out of an epoch.
+
+        Otherwise a run that leaves out others would lack some in every batch. Of several processes all are sure to have
+        written an epoch when the second after it begins.
+        """
+        args = self.trainer.args
+        if epoch < 0 or not self.cache.writes:
+            return
+        missing = self.cache.missing(epoch)
+        if len(missing) < args.per_device_train_batch_size * args.world_size:  # else it was not trained on whole
+            share = missing[missing % args.world_size == args.process_index]  # whoever comes first
+            if len(share) > 0:
+                self.cache.add(epoch, share, self._fresh(epoch, share))
+
     @torch.no_grad()
     def _fresh(self, epoch: int, rows: np.ndarray) -> Tensor:
         """Rows of some images' views of an epoch, asked for as in training."""
         trainer = self.trainer
         batch = np.resize(rows, max(len(rows), trainer.args.per_device_train_batch_size))  # one graph where compiled
-        loader = DataLoader(trainer.train_dataset, batch_sampler=[batch.tolist()], collate_fn=trainer.data_collator)
+        own = torch.Generator()  # what is drawn in training must not depend on it
+        images, collate = trainer.train_dataset, trainer.data_collator
+        loader = DataLoader(images, batch_sampler=[batch.tolist()], collate_fn=collate, generator=own)
         inputs = trainer._prepare_inputs(next(iter(loader)))
         return self._ask(trainer.batches.step(inputs, True, epoch, trainer.train_dataset), None)[: len(rows)]
 
@@ -155,7 +176,7 @@ class TeacherViews:
             tolerance: See `ViewCache.open`.
         """
         self.close()
-        self.cache = cache
+        self.cache, self._epoch = cache, None
         if cache is not None:
             show = self.trainer.is_world_process_zero()
             cache.open(self._fresh, self._views, tolerance=tolerance, show=show)

@@ -34,7 +34,6 @@ logger = logging.get_logger(__name__)
 FORMAT = 1
 _CHECKED_ROWS = 8
 _HELD_BYTES = 2**26  # of rows that are not written yet
-
 Ask = Callable[[Tensor | None], Tensor]
 
 
@@ -162,20 +161,26 @@ class ViewCache:
         if not self._fresh:
             return
         index = np.concatenate([part for part, _ in self._fresh])
-        rows = torch.cat([part for _, part in self._fresh]).cpu()[torch.from_numpy(index.argsort())]
-        self._fresh.clear()
-        self._held = 0
+        rows = torch.cat([part for _, part in self._fresh])
+        self._fresh, self._held = [], 0
+        self.add(self._epoch, index, rows)
+
+    def missing(self, epoch: int) -> np.ndarray:
+        """Positions of the images whose views of an epoch no file holds."""
+        return np.flatnonzero(~sum((known for _, known in self._parts(epoch)), np.zeros(self.num_images, dtype=bool)))
+
+    def add(self, epoch: int, index: np.ndarray, rows: Tensor) -> None:
+        """Writes rows ``(n, width)`` of images of an epoch; see `flush`."""
+        rows = rows.cpu()[torch.from_numpy(index.argsort())]
         if (undefined := self.row.undefined(rows)).any():
             image = int(np.sort(index)[int(undefined.int().argmax())])
             raise CacheError(
-                f"teacher: expected numbers, found NaN for training image {image} in epoch "
-                f"{self._epoch}; nothing of that epoch is kept"
+                f"teacher: expected numbers, found NaN for training image {image} in epoch {epoch}; they are not kept"
             )
-        images = np.zeros(self.num_images, dtype=bool)
-        images[index] = True
-        parts = {"images": torch.from_numpy(np.packbits(images)), "rows": rows}
+        images = np.packbits(np.isin(np.arange(self.num_images), index))
+        parts = {"images": torch.from_numpy(images), "rows": rows}
         try:
-            self._write(f"{self._epoch:06d}-{len(index)}-{uuid.uuid4().hex[:12]}", save(parts, {"run": self.run}))
+            self._write(f"{epoch:06d}-{len(index)}-{uuid.uuid4().hex[:12]}", save(parts, {"run": self.run}))
         except CacheError as error:
             self.writes = False
             logger.warning(f"{error}; training goes on without writing")
@@ -205,10 +210,8 @@ class ViewCache:
     @property
     def begun_by(self) -> str | None:
         """The run that wrote the first rows that are there; None where none are."""
-        if not (files := self._files(self.store.journal())):
-            return None
-        first = min(files, key=lambda path: path.stat().st_mtime_ns)
-        with contextlib.suppress(OSError, SafetensorError), safe_open(first, "pt") as file:
+        files = sorted(self._files(self.store.journal()), key=lambda path: path.stat().st_mtime_ns)
+        with contextlib.suppress(IndexError, OSError, SafetensorError), safe_open(files[0], "pt") as file:
             return file.metadata()["run"]
         return None
 
@@ -254,12 +257,11 @@ class ViewCache:
         return False, "another run writes: this one reads what is there when an epoch begins, and asks for the rest"
 
     def _announcement(self, views: int) -> str:
-        row = self.epoch_bytes / self.num_images
-        there, begun = self.written(), self.begun_by
+        row, begun = self.epoch_bytes / self.num_images, self.begun_by
         by = "" if begun is None else f", begun by '{begun}'"
         return (
             f"Teacher cache (views): {views:,} views x {row:.4g} B ({self.row.describe()}) = "
-            f"{readable_bytes(views * row)} in {self.folder}; {there:,} are there{by}"
+            f"{readable_bytes(views * row)} in {self.folder}; {self.written():,} are there{by}"
         )
 
     def _compare(self, fresh: Callable[[int, np.ndarray], Tensor], tolerance: float) -> None:
@@ -268,9 +270,9 @@ class ViewCache:
             return
         self._turn_to(epoch := _epoch_of(files[-1]))
         there = np.flatnonzero(self._known)
-        rows = there[np.linspace(0, len(there) - 1, min(_CHECKED_ROWS, len(there))).astype(int)]
-        if len(rows) == 0:
+        if len(there) == 0:
             return
+        rows = there[np.linspace(0, len(there) - 1, min(_CHECKED_ROWS, len(there))).astype(int)]
         sides = (self._table[torch.from_numpy(rows)], fresh(epoch, rows).cpu())
         parts = zip(*map(self.row.numbers, sides), strict=True)
         errors = torch.stack([(a - b).norm(dim=1) / b.norm(dim=1).clamp_min(1e-12) for a, b in parts]).amax(dim=0)

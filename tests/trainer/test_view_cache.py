@@ -486,6 +486,23 @@ def test_tokens_of_augmented_images_are_too_many(structural):
     assert trainer.teacher_views is None
 
 
+def test_images_that_the_last_batch_leaves_out_are_asked_for_when_the_next_epoch_begins(
+    logits, make_student, make_teacher
+):
+    """Another seed leaves others out, and would lack some in most of its batches."""
+    settings = {"per_device_train_batch_size": 48, "max_steps": 4}
+    first = logits(**settings, student=make_student(drop_path_rate=0.3))
+    wrote = curve(first)
+    found, teacher = rows_of(first), make_teacher()
+    assert sorted(epoch for epoch, _ in found) == [0] * 128 + [1] * 96
+    for k in range(128):
+        torch.testing.assert_close(found[0, k], asked_alone(first, teacher, 0, k), rtol=1e-3, atol=1e-4)
+    assert torch.equal(curve(logits(**settings, student=make_student(drop_path_rate=0.3))), wrote)
+    forwards = Forwards(teacher)
+    logits(teacher, **settings | {"max_steps": 2}, seed=11).train()
+    assert forwards.count == 70 + 48
+
+
 def test_a_last_batch_that_is_short_is_kept_too(logits):
     settings = {"dataloader_drop_last": False, "per_device_train_batch_size": 48, "max_steps": 6}
     first = logits(**settings)
