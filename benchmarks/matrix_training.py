@@ -100,7 +100,7 @@ def _same_from_a_cache(make: Callable[..., DistillationTrainer]) -> None:
 def structural_teacher(teacher: Teacher, folder: Path) -> None:
     """A DeiT learns from it: finite, decreasing over 20 steps, and the same from a cache."""
     _falls(train(trainer_of(deit(), teacher, folder, 32)))
-    # tokens that are the same to five digits all over an image, as a random LeViT's, have the CKA of what is rounded off
+    # tokens that are the same to five digits all over an image, as a random LeViT's, have the CKA of rounding
     keys = {} if _spread(teacher) > 1e-3 else {"cka_weight": 0.0}
     _same_from_a_cache(lambda **more: trainer_of(deit(), teacher, folder, 32, **keys, **more))
 

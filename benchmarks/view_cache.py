@@ -32,6 +32,7 @@ from hf_ihb.trainer import SupervisedTrainer
 from hf_ihb.trainer.arguments import SupervisedTrainingArguments
 from hf_ihb.trainer.score_rows import ScoreRow
 from hf_ihb.trainer.view_cache import ViewCache
+from hf_ihb.trainer.view_rows import ViewRow
 
 BATCHES = {"micro": 64, "deit-tiny": 16}
 WANTED = {"micro": ">= 0.90", "deit-tiny": ">= 0.95"}
@@ -152,14 +153,12 @@ def kd_errors() -> list[dict[str, Any]]:
 def turn_of_an_epoch(images: int, classes: int) -> dict[str, float]:
     """Seconds to write the rows of an epoch, and to read them."""
     with tempfile.TemporaryDirectory() as folder:
-        cache, order = (
-            ViewCache(Path(folder), {}, ScoreRow(classes), images),
-            np.random.default_rng(0).permutation(images),
-        )
+        row, order = ViewRow(ScoreRow(classes)), np.random.default_rng(0).permutation(images)
+        cache = ViewCache(Path(folder), {}, row, images)
         cache.open(lambda epoch, rows: None, images, tolerance=1.0, show=False)
         for part in np.array_split(order, max(1, images // 8192)):
-            scores = torch.randn(len(part), classes)
-            cache(0, part, lambda where, scores=scores: scores, torch.device("cpu"))
+            rows = row.pack(torch.randn(len(part), classes), [])
+            cache(0, part, lambda where, rows=rows: rows, torch.device("cpu"))
         start = time.perf_counter()
         cache.flush()
         middle = time.perf_counter()

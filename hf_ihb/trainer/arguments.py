@@ -190,9 +190,10 @@ class DistillationTrainingArguments(MethodKeys, SupervisedTrainingArguments):
         "Ask the teacher once for each training image, where it sees the stored one, and keep on disk its scores "
         "('logits'), its tokens ('tokens') or their inner products ('gram', enough for CKA and Gram losses over tokens "
         "and far smaller), each with the scores where they are learned from too; ask in every step ('off'); or the "
-        "smallest that will do, where it saves teacher forwards ('auto'). 'views': keep its scores of augmented images "
-        "by epoch and image, while this run asks, and read them in every run with the same augmentation and "
-        "augmentation_seed, features as with 'auto'; 'auto' does so where augmentation_seed is given.",
+        "smallest that will do, where it saves teacher forwards ('auto'). 'views': keep its scores, and its tokens' "
+        "inner products, of augmented images by epoch and image, while this run asks, and read them in every run with "
+        "the same augmentation and augmentation_seed, the rest as with 'auto'; 'auto' does so where augmentation_seed "
+        "is given.",
     )
     teacher_cache_dir: str | None = key(
         None, "Folder of teacher caches, shared by runs; 'hf_ihb/teacher_cache' in HF_HOME if not given."
@@ -227,10 +228,18 @@ class DistillationTrainingArguments(MethodKeys, SupervisedTrainingArguments):
 
     def _check_cache(self, on: list[Method]) -> None:
         kind, features = self.teacher_cache, [m for m in on if m.needs.layers or m.needs.final]
-        if kind == "views" and not (any(m.needs.logits for m in on) and self.teacher_logits_view == "identical"):
+        of_views = features and self.teacher_view == "identical"
+        if kind == "views" and not (
+            of_views or (any(m.needs.logits for m in on) and self.teacher_logits_view == "identical")
+        ):
             raise ValueError(
-                "key 'teacher_cache': expected 'auto' or 'off' where no class scores of augmented images are learned "
-                "from (teacher_logits_view 'identical'), found 'views'"
+                "key 'teacher_cache': expected 'auto' or 'off' where nothing is learned of augmented images "
+                "(teacher_logits_view or teacher_view 'identical'), found 'views'"
+            )
+        if kind == "views" and of_views and (because := tokens_because(on)) is not None:
+            raise ValueError(
+                f"keys 'teacher_cache' and '{because}' contradict: of augmented images inner products of tokens are "
+                "kept, and they are not enough, expected teacher_cache 'off'"
             )
         if kind in ("auto", "off", "views"):
             return

@@ -66,8 +66,8 @@ class TeacherSide:
         self.cache: TeacherCache | None = None
         self.statistics: list[tuple[Tensor, Tensor]] | None = None
         needs = [method.needs for method in methods]
-        asks_attention = any(need.teacher_attention for need in needs)
-        self._attention = TeacherAttention(trainer.teacher, layers) if asks_attention else None
+        self.asks_attention = any(need.teacher_attention for need in needs)
+        self._attention = TeacherAttention(trainer.teacher, layers) if self.asks_attention else None
         self.asks_logits = any(need.logits for need in needs)
         self._preparations: list[Preparation] = list(dict.fromkeys(n.preparation for n in needs if n.layers))
         self._align = compiled(self._aligned, args)
@@ -98,8 +98,8 @@ class TeacherSide:
             shuffled: Whether each image is answered for by the next one of the batch.
         """
         parts = self._read(step, shuffled)
-        if (scores := self.views.scores(step, shuffled=shuffled)) is not None:
-            parts = parts._replace(logits=scores)
+        logits, layers = self.views(step, shuffled=shuffled)
+        parts = Parts(parts.logits if logits is None else logits, parts.layers if layers is None else layers)
         wanted = (self.asks_logits and parts.logits is None, self.layers is not None and parts.layers is None)
         live = self._ask(step.inputs, step.views, *wanted, shuffled=shuffled)
         logits = live.logits if parts.logits is None else parts.logits
@@ -124,7 +124,7 @@ class TeacherSide:
             pixels = self._pixels(inputs, views, augmented[0], shuffled)
             with self._attention_to(pixels) as attentions:
                 scores, maps = self.forward(pixels, logits=True, layers=True)
-            return Parts(scores, self._pooled(maps), attentions)
+            return Parts(scores, self.pooled(maps), attentions)
         scores = maps = attentions = None
         if logits:
             scores, _ = self.forward(self._pixels(inputs, views, augmented[0], shuffled), logits=True)
@@ -132,7 +132,7 @@ class TeacherSide:
             pixels = self._pixels(inputs, views, augmented[1], shuffled)
             with self._attention_to(pixels) as attentions:
                 _, maps = self.forward(pixels, layers=True)
-        return Parts(scores, None if maps is None else self._pooled(maps), attentions)
+        return Parts(scores, None if maps is None else self.pooled(maps), attentions)
 
     def _attention_to(self, pixels: Tensor) -> AbstractContextManager[list[Tensor] | None]:
         """A list of the attention maps of a forward inside; None where no method needs them."""
@@ -170,7 +170,7 @@ class TeacherSide:
                 scores, maps = None, teacher.features(pixels, self.layers.teacher_layers, norm)
         return scores, [m._replace(tokens=m.tokens.float()) for m in maps]
 
-    def _pooled(self, maps: Sequence[FeatureMap]) -> list[Tensor]:
+    def pooled(self, maps: Sequence[FeatureMap]) -> list[Tensor]:
         """Patch tokens of each layer, and last the final ones, where there are any."""
         tokens = self.layers.pool(maps)
         if self.layers.has_final:
@@ -194,7 +194,7 @@ class TeacherSide:
 
         def moved(layer: int, preparation: Preparation) -> TeacherTokens:
             ready = isinstance(layers[layer], TokenGram)  # prepared before its inner products were taken
-            tokens = layers[layer] if ready else self._prepared(layers[layer], layer, preparation)
+            tokens = layers[layer] if ready else self.prepared(layers[layer], layer, preparation)
             return TeacherTokens(*move(tokens, geometry.teacher_grids[layer], geometry.grids[layer]))
 
         count = len(geometry.teacher_layers)
@@ -212,7 +212,8 @@ class TeacherSide:
 
         return prepared, final, [between(attention, layer) for layer, attention in enumerate(attentions)]
 
-    def _prepared(self, tokens: Tensor, layer: int, preparation: Preparation) -> Tensor:
+    def prepared(self, tokens: Tensor, layer: int, preparation: Preparation) -> Tensor:
+        """Tokens ``(B, N, D)`` of a layer without the mean of their position, or standardized, as a method wants."""
         if preparation == "plain":
             return tokens
         mean, std = self.statistics[layer]
@@ -321,7 +322,7 @@ class TeacherSide:
         kind = self._kind(asked)
         cache = TeacherCache(
             cache_root(self.trainer.args.teacher_cache_dir),
-            self._description(kind),
+            self.description(kind),
             Layout(kind, self._shapes(kind)),
             len(self.trainer.train_dataset),
         )
@@ -343,7 +344,7 @@ class TeacherSide:
 
     def _obstacle(self) -> str | None:
         """Why what the teacher says of a training image is not a constant, or cannot be looked up."""
-        if self._attention is not None:
+        if self.asks_attention:
             return "attention maps of the teacher are learned from, which no cache holds"
         if not isinstance(self.trainer.train_dataset, StoredSplit):
             return "the training set is not one of stored images"
@@ -356,8 +357,7 @@ class TeacherSide:
         logits, features = self._is_stored()
         if not features:
             return "logits"
-        enough = tokens_because(self.methods) is None and self._preparations == [self._gram_preparation]
-        smallest = "gram" if enough else "tokens"
+        smallest = "gram" if self.gram_is_enough else "tokens"
         name = smallest if asked in ("auto", "views") else asked
         return f"logits+{name}" if logits else name
 
@@ -373,7 +373,7 @@ class TeacherSide:
         scores = ((1, self.trainer.student.config.num_labels),) if kind.startswith("logits") else ()
         return scores + (() if kind == "logits" else self.layers.teacher_shapes)
 
-    def _description(self, kind: Kind) -> dict[str, Any]:
+    def description(self, kind: Kind) -> dict[str, Any]:
         """What determines a row."""
         trainer, args = self.trainer, self.trainer.args
         rows = {
@@ -395,13 +395,19 @@ class TeacherSide:
                 "norm": args.teacher_norm,
                 "losses": {"relation": self.layers.has_final},  # the final tokens are part of a row
                 "grids": list(self.layers.teacher_grids),
-                "preparation": self._gram_preparation if kind.endswith("gram") else "plain",
+                "preparation": self.gram_preparation if kind.endswith("gram") else "plain",
                 "statistics_samples": args.teacher_statistics_samples if taken else None,
             }
         )
 
     @property
-    def _gram_preparation(self) -> Preparation:
+    def gram_is_enough(self) -> bool:
+        """Whether inner products of an image's tokens are all that is needed of the teacher's layers."""
+        return tokens_because(self.methods) is None and self._preparations == [self.gram_preparation]
+
+    @property
+    def gram_preparation(self) -> Preparation:
+        """What is done to tokens before their inner products are taken."""
         return "centered" if self.trainer.args.center_positions else "plain"
 
     def images_to_see(self) -> int:
@@ -434,7 +440,7 @@ class TeacherSide:
             parts = self._ask(trainer._prepare_inputs(inputs), None, logits, features)
             layers = list(parts.layers or [])
             if kind.endswith("gram"):
-                layers = [self._prepared(x, layer, self._gram_preparation) for layer, x in enumerate(layers)]
+                layers = [self.prepared(x, layer, self.gram_preparation) for layer, x in enumerate(layers)]
             yield cache.pack(parts.logits, layers)
 
     def _read(self, step: Step, shuffled: bool) -> Parts:

@@ -1,4 +1,4 @@
-"""Class scores of the student's augmented images: of the teacher, or of what it said of the same views before."""
+"""What the teacher says of the student's augmented images, or what it said of the same views before."""
 
 import math
 from typing import Any
@@ -10,15 +10,17 @@ from torch.utils.data import DataLoader
 
 from hf_ihb.data import StoredSplit, host_index
 from hf_ihb.errors import RecipeError
-from hf_ihb.runs.environment import library_versions
+from hf_ihb.functional.gram import TokenGram
 from hf_ihb.step import Step
+from hf_ihb.trainer.arguments import tokens_because
 from hf_ihb.trainer.score_rows import MOST_CLASSES, ScoreRow
-from hf_ihb.trainer.teacher_cache import cache_root, describe_teacher
+from hf_ihb.trainer.teacher_cache import cache_root
 from hf_ihb.trainer.view_cache import ViewCache
+from hf_ihb.trainer.view_rows import ViewRow
 
 
 class TeacherViews:
-    """Answers for a teacher whose class scores are learned from under the ``identical`` view.
+    """Answers for a teacher that is learned from under the ``identical`` view.
 
     A view is a function of augmentation, its seed, epoch and image: partners of MixUp and CutMix are drawn from the
     whole split by the same numbers, and what an operation does to an image does not depend on its batch.
@@ -30,33 +32,71 @@ class TeacherViews:
     def __init__(self, side: Any) -> None:
         self.side, self.trainer = side, side.trainer
         self.cache: ViewCache | None = None
+        self._epoch: int | None = None
+
+    @property
+    def _wanted(self) -> tuple[bool, bool]:
+        """Whether scores, and whether features, are wanted of augmented images."""
+        args, side = self.trainer.args, self.side
+        logits = side.asks_logits and args.teacher_logits_view == "identical"
+        return logits, side.layers is not None and args.teacher_view == "identical"
 
     # ---- Asking ----
 
-    def scores(self, step: Step, *, shuffled: bool) -> Tensor | None:
-        """``(B, K)`` of a training batch, to the storage precision; None where no cache is open, or serves it.
+    def __call__(self, step: Step, *, shuffled: bool) -> tuple[Tensor | None, list[TokenGram] | None]:
+        """Scores ``(B, K)`` and inner products of layers of a training batch, to the storage precision.
 
         Args:
             step: Of the batch.
             shuffled: Whether each image is answered for by the next one of the batch.
+
+        Returns:
+            None for each where no cache is open, or holds it.
         """
         if self.cache is None or step.views is None or "teacher_pixel_values" in step.inputs:
-            return None
+            return None, None
         index = host_index(step.inputs)
-        scores = self.cache(step.epoch, index, lambda where: self._ask(step, where), step.views.seen.device)
-        return scores.roll(-1, dims=0) if shuffled else scores
+        scores, layers = self.cache(step.epoch, index, lambda where: self._ask(step, where), step.views.seen.device)
+        if step.epoch != self._epoch:
+            self._epoch = step.epoch
+            self._complete(step.epoch - min(2, self.trainer.args.world_size))
+        if shuffled:
+            scores = None if scores is None else scores.roll(-1, dims=0)
+            layers = layers and [TokenGram(*(part.roll(-1, dims=0) for part in layer)) for layer in layers]
+        return scores, layers
 
     def _ask(self, step: Step, where: Tensor | None) -> Tensor:
+        """Rows of some of the images of a batch, with one forward."""
+        side, (logits, features) = self.side, self._wanted
         seen = step.views.seen if where is None else step.views.seen.index_select(0, where)
-        pixels = self.trainer.teacher.prepare(seen, self.side.sees_whole_images)
-        return self.side.forward(pixels, logits=True)[0]
+        pixels = self.trainer.teacher.prepare(seen, side.sees_whole_images)
+        scores, maps = side.forward(pixels, logits=logits, layers=features)
+        layers = enumerate(side.pooled(maps)) if features else ()
+        return self.cache.row.pack(scores, [side.prepared(x, n, side.gram_preparation) for n, x in layers])
+
+    def _complete(self, epoch: int) -> None:
+        """Asks for the few images that `dataloader_drop_last` left out of an epoch.
+
+        Otherwise a run that leaves out others would lack some in every batch. Of several processes all are sure to have
+        written an epoch when the second after it begins.
+        """
+        args = self.trainer.args
+        if epoch < 0 or not self.cache.writes:
+            return
+        missing = self.cache.missing(epoch)
+        if len(missing) < args.per_device_train_batch_size * args.world_size:  # else it was not trained on whole
+            share = missing[missing % args.world_size == args.process_index]  # whoever comes first
+            if len(share) > 0:
+                self.cache.add(epoch, share, self._fresh(epoch, share))
 
     @torch.no_grad()
     def _fresh(self, epoch: int, rows: np.ndarray) -> Tensor:
-        """Scores of some images' views of an epoch, asked for as in training."""
+        """Rows of some images' views of an epoch, asked for as in training."""
         trainer = self.trainer
         batch = np.resize(rows, max(len(rows), trainer.args.per_device_train_batch_size))  # one graph where compiled
-        loader = DataLoader(trainer.train_dataset, batch_sampler=[batch.tolist()], collate_fn=trainer.data_collator)
+        own = torch.Generator()  # what is drawn in training must not depend on it
+        images, collate = trainer.train_dataset, trainer.data_collator
+        loader = DataLoader(images, batch_sampler=[batch.tolist()], collate_fn=collate, generator=own)
         inputs = trainer._prepare_inputs(next(iter(loader)))
         return self._ask(trainer.batches.step(inputs, True, epoch, trainer.train_dataset), None)[: len(rows)]
 
@@ -75,8 +115,7 @@ class TeacherViews:
             RecipeError: If it is asked for and cannot serve this training.
         """
         trainer, asked = self.trainer, self.trainer.args.teacher_cache
-        wanted = self.side.asks_logits and trainer.args.teacher_logits_view == "identical"
-        if not wanted or asked not in ("auto", "views"):
+        if not any(self._wanted) or asked not in ("auto", "views"):
             return None, ""
         if asked == "auto" and trainer.augmentation.augmentation_seed is None:
             return None, "'views' would keep what it says of each for other runs"
@@ -96,31 +135,32 @@ class TeacherViews:
         return cache, "what it says of each view is kept, by epoch and image"
 
     def _made(self) -> ViewCache:
-        trainer = self.trainer
+        trainer, side, (logits, features) = self.trainer, self.side, self._wanted
+        scores = ScoreRow(trainer.student.config.num_labels) if logits else None
+        tokens = tuple(count for count, _ in side.layers.teacher_shapes) if features else ()
         return ViewCache(
             cache_root(trainer.args.teacher_cache_dir),
-            {
-                "teacher": describe_teacher(trainer.teacher, self.side.sees_whole_images),
-                "precision": f"{self.side.precision} on {trainer.args.device.type}",
-                "images": trainer.train_dataset.fingerprint(),
-                "views": trainer.batches.describe_views(trainer.train_dataset),
-                "versions": library_versions("torch", "transformers", "timm"),
-            },
-            ScoreRow(trainer.student.config.num_labels),
+            side.description("gram" if features else "logits")
+            | {"views": trainer.batches.describe_views(trainer.train_dataset)},
+            ViewRow(scores, tokens),
             len(trainer.train_dataset),
             run=str(trainer.args.output_dir),
         )
 
     def _obstacle(self) -> str | None:
         """Why what the teacher says of a view cannot be looked up."""
-        images, layers = self.trainer.train_dataset, self.side.layers
+        images, (logits, features) = self.trainer.train_dataset, self._wanted
         if not isinstance(images, StoredSplit):
             return "the training set is not one of stored images"
         if self.trainer.augmentation.mixes and not hasattr(images, "images"):
             return "images are decoded when they are asked for, and are mixed with the next of their batch"
-        if layers is not None and self.trainer.args.teacher_view == "identical":
-            return "its features of the same images are learned from as well, and take the same forward"
-        if self.trainer.student.config.num_labels > MOST_CLASSES:
+        if features and self.side.asks_attention:
+            return "attention maps of the teacher are learned from, which no cache holds"
+        if features and (because := tokens_because(self.side.methods)) is not None:
+            return f"'{because}' needs the tokens of augmented images themselves, which are many"
+        if features and not self.side.gram_is_enough:
+            return "the losses take the tokens of augmented images in several ways"
+        if logits and self.trainer.student.config.num_labels > MOST_CLASSES:
             return f"more than {MOST_CLASSES:,} classes"
         return None
 
@@ -138,7 +178,7 @@ class TeacherViews:
             tolerance: See `ViewCache.open`.
         """
         self.close()
-        self.cache = cache
+        self.cache, self._epoch = cache, None
         if cache is not None:
             show = self.trainer.is_world_process_zero()
             cache.open(self._fresh, self._views, tolerance=tolerance, show=show)

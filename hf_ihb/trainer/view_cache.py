@@ -24,25 +24,26 @@ from transformers.utils import logging
 
 from hf_ihb.data.placement import onto, readable_bytes, rows_onto
 from hf_ihb.errors import CacheError
+from hf_ihb.functional.gram import TokenGram
 from hf_ihb.storage.cache_folder import CacheFolder, checksum
-from hf_ihb.trainer.score_rows import ScoreRow
 from hf_ihb.trainer.shared_caches import on_every_process, trouble
+from hf_ihb.trainer.view_rows import ViewRow
 
 logger = logging.get_logger(__name__)
 
 FORMAT = 1
 _CHECKED_ROWS = 8
-
+_HELD_BYTES = 2**26  # of rows that are not written yet
 Ask = Callable[[Tensor | None], Tensor]
 
 
 class ViewCache:
-    """Class scores of every training image's view of each epoch, as far as anybody asked for them.
+    """A row for every training image's view of each epoch, as far as anybody asked for them.
 
     Args:
         root: Folder of all caches.
         description: Everything that determines a view and what the teacher says of it, as JSON; its hash names it.
-        row: How scores are stored.
+        row: How what the teacher says is stored.
         num_images: Of the training split.
         run: That may write, as it is named to others.
     """
@@ -50,7 +51,7 @@ class ViewCache:
     kind = "views"
 
     def __init__(
-        self, root: Path, description: Mapping[str, Any], row: ScoreRow, num_images: int, run: str = ""
+        self, root: Path, description: Mapping[str, Any], row: ViewRow, num_images: int, run: str = ""
     ) -> None:
         about = {"format": FORMAT, "kind": self.kind, "images": num_images, "row": dataclasses.asdict(row)}
         remedy = "give another 'teacher_cache_dir', or 'teacher_cache' off"
@@ -63,6 +64,7 @@ class ViewCache:
         self._table = torch.empty(0, row.width, dtype=torch.int16)
         self._asked = np.zeros(num_images, dtype=bool)  # whose rows are still to be written
         self._fresh: list[tuple[np.ndarray, Tensor]] = []
+        self._held = 0
 
     @property
     def folder(self) -> Path:
@@ -81,30 +83,32 @@ class ViewCache:
 
     # ---- Reading and keeping ----
 
-    def __call__(self, epoch: int, index: np.ndarray, ask: Ask, device: torch.device) -> Tensor:
+    def __call__(
+        self, epoch: int, index: np.ndarray, ask: Ask, device: torch.device
+    ) -> tuple[Tensor | None, list[TokenGram] | None]:
         """What the teacher says of a batch of views, always as it is stored: read or asked for, it is the same.
 
         Args:
             epoch: That the views are of.
             index: ``(B,)`` positions in the training split, on the host.
-            ask: Positions in the batch ``(n,)``, None for all -> the teacher's scores ``(n, K)``; called for those
-                whose rows are not there.
-            device: Where the scores are wanted.
+            ask: Positions in the batch ``(n,)``, None for all -> rows ``(n, width)`` of what the teacher says; called
+                for those whose rows are not there.
+            device: Where the answer is wanted.
 
         Returns:
-            ``(B, K)`` float32, up to a constant an image.
+            As `ViewRow.unpack`.
         """
         self._turn_to(epoch)
         known = self._known[index]
         if not known.any():
-            rows = self.row.pack(ask(None))
+            rows = ask(None)
             self._keep(index, rows)
             return self.row.unpack(rows)
         rows = rows_onto(device, self._table, torch.from_numpy(index))
         if not known.all():
             missing = np.flatnonzero(~known)
             where = onto(device, torch.from_numpy(missing))
-            asked = self.row.pack(ask(where))
+            asked = ask(where)
             self._keep(index[missing], asked)
             rows = rows.index_copy(0, where, asked)
         return self.row.unpack(rows)
@@ -117,6 +121,9 @@ class ViewCache:
             index, rows = index[new], rows[onto(rows.device, torch.from_numpy(new))]
         self._asked[index] = True
         self._fresh.append((index, rows))
+        self._held += 2 * rows.numel()
+        if self._held > _HELD_BYTES:
+            self.flush()
 
     def _turn_to(self, epoch: int) -> None:
         """Rows of an epoch are read whole, when its first batch comes."""
@@ -154,19 +161,26 @@ class ViewCache:
         if not self._fresh:
             return
         index = np.concatenate([part for part, _ in self._fresh])
-        rows = torch.cat([part for _, part in self._fresh]).cpu()[torch.from_numpy(index.argsort())]
-        self._fresh.clear()
+        rows = torch.cat([part for _, part in self._fresh])
+        self._fresh, self._held = [], 0
+        self.add(self._epoch, index, rows)
+
+    def missing(self, epoch: int) -> np.ndarray:
+        """Positions of the images whose views of an epoch no file holds."""
+        return np.flatnonzero(~sum((known for _, known in self._parts(epoch)), np.zeros(self.num_images, dtype=bool)))
+
+    def add(self, epoch: int, index: np.ndarray, rows: Tensor) -> None:
+        """Writes rows ``(n, width)`` of images of an epoch; see `flush`."""
+        rows = rows.cpu()[torch.from_numpy(index.argsort())]
         if (undefined := self.row.undefined(rows)).any():
             image = int(np.sort(index)[int(undefined.int().argmax())])
             raise CacheError(
-                f"teacher: expected numbers for its class scores, found NaN for training image {image} in epoch "
-                f"{self._epoch}; nothing of that epoch is kept"
+                f"teacher: expected numbers, found NaN for training image {image} in epoch {epoch}; they are not kept"
             )
-        images = np.zeros(self.num_images, dtype=bool)
-        images[index] = True
-        parts = {"images": torch.from_numpy(np.packbits(images)), "rows": rows}
+        images = np.packbits(np.isin(np.arange(self.num_images), index))
+        parts = {"images": torch.from_numpy(images), "rows": rows}
         try:
-            self._write(f"{self._epoch:06d}-{len(index)}-{uuid.uuid4().hex[:12]}", save(parts, {"run": self.run}))
+            self._write(f"{epoch:06d}-{len(index)}-{uuid.uuid4().hex[:12]}", save(parts, {"run": self.run}))
         except CacheError as error:
             self.writes = False
             logger.warning(f"{error}; training goes on without writing")
@@ -196,24 +210,15 @@ class ViewCache:
     @property
     def begun_by(self) -> str | None:
         """The run that wrote the first rows that are there; None where none are."""
-        if not (files := self._files(self.store.journal())):
-            return None
-        first = min(files, key=lambda path: path.stat().st_mtime_ns)
-        with contextlib.suppress(OSError, SafetensorError), safe_open(first, "pt") as file:
+        files = sorted(self._files(self.store.journal()), key=lambda path: path.stat().st_mtime_ns)
+        with contextlib.suppress(IndexError, OSError, SafetensorError), safe_open(files[0], "pt") as file:
             return file.metadata()["run"]
         return None
 
-    def bytes_to_write(self, views: int) -> int:
-        """What it still has to grow by.
-
-        Args:
-            views: That a training asks for.
-        """
-        return max(0, views - self.written()) * self.epoch_bytes // self.num_images
-
     def trouble(self, views: int, share: float = 1.0) -> str | None:
-        """What keeps it from being written; see `shared_caches.trouble`."""
-        return trouble(self.store, self.store.what, max(1, self.bytes_to_write(views)), share)
+        """What keeps it from growing to the views that a training asks for; see `shared_caches.trouble`."""
+        needed = max(0, views - self.written()) * self.epoch_bytes // self.num_images
+        return trouble(self.store, self.store.what, max(1, needed), share)
 
     # ---- Opening and closing ----
 
@@ -221,7 +226,7 @@ class ViewCache:
         """Takes the right to write where no other run has it, and compares some rows with what the teacher says now.
 
         Args:
-            fresh: An epoch and positions of images ``(n,)`` -> scores ``(n, K)``, asked for anew.
+            fresh: An epoch and positions of images ``(n,)`` -> rows ``(n, width)``, asked for anew.
             views: That the training asks for.
             tolerance: Relative error within which these must agree with what is stored.
             show: Say what is there and who writes.
@@ -252,12 +257,11 @@ class ViewCache:
         return False, "another run writes: this one reads what is there when an epoch begins, and asks for the rest"
 
     def _announcement(self, views: int) -> str:
-        row = self.epoch_bytes / self.num_images
-        there, begun = self.written(), self.begun_by
+        row, begun = self.epoch_bytes / self.num_images, self.begun_by
         by = "" if begun is None else f", begun by '{begun}'"
         return (
             f"Teacher cache (views): {views:,} views x {row:.4g} B ({self.row.describe()}) = "
-            f"{readable_bytes(views * row)} in {self.folder}; {there:,} are there{by}"
+            f"{readable_bytes(views * row)} in {self.folder}; {self.written():,} are there{by}"
         )
 
     def _compare(self, fresh: Callable[[int, np.ndarray], Tensor], tolerance: float) -> None:
@@ -266,12 +270,12 @@ class ViewCache:
             return
         self._turn_to(epoch := _epoch_of(files[-1]))
         there = np.flatnonzero(self._known)
-        rows = there[np.linspace(0, len(there) - 1, min(_CHECKED_ROWS, len(there))).astype(int)]
-        if len(rows) == 0:
+        if len(there) == 0:
             return
-        old = self.row.unpack(self._table[torch.from_numpy(rows)])
-        new = self.row.unpack(self.row.pack(fresh(epoch, rows)).cpu())
-        errors = (old - new).norm(dim=1) / new.norm(dim=1).clamp_min(1e-12)
+        rows = there[np.linspace(0, len(there) - 1, min(_CHECKED_ROWS, len(there))).astype(int)]
+        sides = (self._table[torch.from_numpy(rows)], fresh(epoch, rows).cpu())
+        parts = zip(*map(self.row.numbers, sides), strict=True)
+        errors = torch.stack([(a - b).norm(dim=1) / b.norm(dim=1).clamp_min(1e-12) for a, b in parts]).amax(dim=0)
         if not (errors <= tolerance).all():
             worst = int(errors.nan_to_num(torch.inf).argmax())
             raise CacheError(

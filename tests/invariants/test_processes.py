@@ -109,7 +109,7 @@ def test_processes_share_out_views_and_killed_and_resumed_equals_uninterrupted(l
 
     def run(name, *more, processes=2, **settings):
         words = ["--teacher_cache_dir", str(tmp_path / name), *more]
-        images = ["--per_device_train_batch_size", str(32 // processes)]
+        images = ["--per_device_train_batch_size", str(48 // processes)]
         return launch("distill.py", recipe, *words, *images, processes=processes, **settings)
 
     whole = run("whole")
@@ -122,14 +122,14 @@ def test_processes_share_out_views_and_killed_and_resumed_equals_uninterrupted(l
     for name, tensor in whole.weights().items():
         assert torch.equal(resumed.weights()[name], tensor), name
     rows, again = stored_views(tmp_path / "whole"), stored_views(tmp_path / "killed")
-    assert len(rows) == 256  # 160 views of the first epoch, and three batches of 32
+    # three batches of 48 an epoch; what they leave out of 160 is asked for when the second after it begins
+    assert sorted(epoch for epoch, _ in rows) == [0] * 160 + [1] * 144 + [2] * 96
     assert rows.keys() == again.keys()
     assert all(torch.equal(again[place], row) for place, row in rows.items())
     # another number of processes, another seed and temperature: the same views, and none is asked for twice
     other = run("whole", "--temperature", "4", "--seed", "9", processes=1)
     assert other.code == 0, other.stderr
     after = stored_views(tmp_path / "whole")
-    assert len(after) >= 256
     assert all(torch.equal(after[place], row) for place, row in rows.items())
     about = other.json("evaluation.json")["teacher_views"]
     assert about["begun_by"] == whole.folder.name

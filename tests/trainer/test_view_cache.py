@@ -14,6 +14,7 @@ from hf_ihb.trainer import LogitDistillationTrainer, StructuralDistillationTrain
 from hf_ihb.trainer.arguments import LogitDistillationTrainingArguments, StructuralDistillationTrainingArguments
 from hf_ihb.trainer.score_rows import ScoreRow
 from hf_ihb.trainer.view_cache import ViewCache
+from hf_ihb.trainer.view_rows import ViewRow
 from tests.trainer.test_caching import PIXELS, Forwards, curve, vit_teacher
 
 VIEWS = {"random_crop_padding": 2, "horizontal_flip": 0.5, "mixup_alpha": 0.8, "cutmix_alpha": 1.0}
@@ -47,7 +48,10 @@ def rows_of(trainer):
     for epoch in range(9):
         for rows, known in cache._parts(epoch):
             found |= {
-                (epoch, k): row for k, row in zip(np.flatnonzero(known).tolist(), cache.row.unpack(rows), strict=True)
+                (epoch, k): row
+                for k, row in zip(
+                    np.flatnonzero(known).tolist(), torch.cat(cache.row.numbers(rows), dim=1), strict=True
+                )
             }
     return found
 
@@ -97,7 +101,24 @@ def test_extreme_scores_are_stored_and_what_is_no_number_is_found(classes):
     read = row.unpack(row.pack(scores))
     assert read[0].argmax() == 1
     assert read[:2].isfinite().all()
-    assert row.undefined(row.pack(scores)).tolist() == [False, False, True]
+    assert ViewRow(row).undefined(row.pack(scores)).tolist() == [False, False, True]
+
+
+def test_a_row_holds_scores_and_the_inner_products_of_each_layer():
+    generator = torch.Generator().manual_seed(0)
+    layers = [torch.randn(5, count, 8, generator=generator, dtype=torch.double) for count in (4, 6)]
+    scores = torch.randn(5, 40, generator=generator)
+    row = ViewRow(ScoreRow(40), (4, 6))
+    rows = row.pack(scores, [x.float() for x in layers])
+    read, grams = row.unpack(rows)
+    assert rows.shape == (5, row.width) == (5, 33 + 15 + 28)
+    assert torch.equal(read, row.scores.unpack(row.scores.pack(scores)))
+    for tokens, gram in zip(layers, grams, strict=True):
+        wanted, found = tokens @ tokens.mT, gram.raw().double()
+        wanted, found = (x / x.flatten(1).norm(dim=1)[:, None, None] for x in (wanted, found))  # up to a factor
+        torch.testing.assert_close(found, wanted, rtol=2e-3, atol=1e-3)
+    assert ViewRow(tokens=(4, 6)).unpack(rows[:, 33:])[0] is None
+    assert ViewRow(ScoreRow(40)).unpack(rows[:, :33])[1] is None
 
 
 # ---- Training ----
@@ -339,14 +360,14 @@ def test_the_start_says_how_much_there_is_and_who_began_it(logits, capsys):
 @pytest.mark.parametrize(
     ("settings", "what"),
     [
-        ({"teacher_logits_view": "clean"}, r"expected 'auto' or 'off' where no class scores of augmented images"),
+        ({"teacher_logits_view": "clean"}, r"expected 'auto' or 'off' where nothing is learned of augmented images"),
         ({"teacher_cache": "logits"}, r"'teacher_cache' and 'teacher_logits_view' contradict.*'views' or 'off'"),
     ],
 )
 def test_what_contradicts_is_refused_when_the_arguments_are_made(settings, what, make_args):
     with pytest.raises(ValueError, match=what):
         make_args(LogitDistillationTrainingArguments, **{"teacher_cache": "views", **settings})
-    with pytest.raises(ValueError, match="no class scores of augmented images"):
+    with pytest.raises(ValueError, match="nothing is learned of augmented images"):
         make_args(StructuralDistillationTrainingArguments, cka_weight=1.0, teacher_cache="views")
 
 
@@ -372,7 +393,7 @@ class _Stream(ImageSplit):
 
 def test_a_teacher_that_was_changed_behind_the_cache_is_found_out(logits, make_teacher, monkeypatch):
     logits().train()
-    monkeypatch.setattr("hf_ihb.trainer.teacher_views.describe_teacher", lambda teacher, whole: "the same")
+    monkeypatch.setattr("hf_ihb.trainer.teacher_side.describe_teacher", lambda teacher, whole: "the same")
     logits().train()
     teacher = make_teacher()
     with torch.no_grad():
@@ -400,9 +421,8 @@ def test_a_shuffled_teacher_reads_rows_of_the_same_cache(logits, make_teacher):
     assert read.teacher_views.key == plain.teacher_views.key
 
 
-def test_scores_of_views_and_features_of_stored_images_have_a_cache_each(
-    make_student, make_args, train_split, eval_split, processor, tmp_path, capsys
-):
+@pytest.fixture
+def structural(make_student, make_args, train_split, eval_split, processor, tmp_path):
     def make(**settings):
         set_seed(5)
         config = vit_teacher().model.config
@@ -423,15 +443,64 @@ def test_scores_of_views_and_features_of_stored_images_have_a_cache_each(
         trainer.score_teacher = lambda: 1.0  # it is at chance
         return trainer
 
-    live = curve(make(teacher_cache="off"))
+    return make
+
+
+def test_scores_of_views_and_features_of_stored_images_have_a_cache_each(structural, capsys):
+    live = curve(structural(teacher_cache="off"))
     for asked in ("views", "auto", "views"):
-        trainer = make(teacher_cache=asked)
+        trainer = structural(teacher_cache=asked)
         torch.testing.assert_close(curve(trainer), live, rtol=2e-3, atol=2e-3)
         assert trainer.teacher_cache.layout.kind == "gram"
         assert len(rows_of(trainer)) == 3 * 128
     assert "teacher_cache auto: gram and views (" in capsys.readouterr().out
-    with pytest.raises(RecipeError, match="take the same forward"):
-        make(teacher_cache="views", teacher_view="identical").prepare_teacher()
+
+
+FEATURES = {
+    "gram": {"alpha": 0.0, "cka_weight": 0.0, "gram_weight": 1.0},
+    "without position code": {"alpha": 0.0, "center_positions": False},
+    "beside scores": {"gram_weight": 1.0},
+}
+
+
+@pytest.mark.parametrize("way", FEATURES)
+def test_inner_products_of_augmented_images_are_kept_as_well(way, structural):
+    settings = {"teacher_view": "identical", "max_steps": 8, **FEATURES[way]}
+    live = curve(structural(**settings, teacher_cache="off"))
+    wrote = curve(structural(**settings, teacher_cache="views"))
+    torch.testing.assert_close(wrote, live, rtol=2e-3, atol=2e-3)
+    trainer = structural(**settings, teacher_cache="views")
+    forwards = Forwards(trainer.teacher)
+    assert torch.equal(curve(trainer), wrote)
+    assert (
+        forwards.count == 32 + 128 * trainer.args.center_positions
+    )  # rows that are compared, and the statistics of positions
+    assert len(rows_of(trainer)) == 256
+
+
+def test_tokens_of_augmented_images_are_too_many(structural):
+    with pytest.raises(ValueError, match="'teacher_cache' and 'token_weight' contradict: of augmented images inner"):
+        structural(teacher_cache="views", teacher_view="identical", token_weight=1.0)
+    trainer = structural(teacher_cache="auto", teacher_view="identical", token_weight=1.0)
+    trainer.prepare_teacher()
+    assert trainer.teacher_views is None
+
+
+def test_images_that_the_last_batch_leaves_out_are_asked_for_when_the_next_epoch_begins(
+    logits, make_student, make_teacher
+):
+    """Another seed leaves others out, and would lack some in most of its batches."""
+    settings = {"per_device_train_batch_size": 48, "max_steps": 4}
+    first = logits(**settings, student=make_student(drop_path_rate=0.3))
+    wrote = curve(first)
+    found, teacher = rows_of(first), make_teacher()
+    assert sorted(epoch for epoch, _ in found) == [0] * 128 + [1] * 96
+    for k in range(128):
+        torch.testing.assert_close(found[0, k], asked_alone(first, teacher, 0, k), rtol=1e-3, atol=1e-4)
+    assert torch.equal(curve(logits(**settings, student=make_student(drop_path_rate=0.3))), wrote)
+    forwards = Forwards(teacher)
+    logits(teacher, **settings | {"max_steps": 2}, seed=11).train()
+    assert forwards.count == 70 + 48
 
 
 def test_a_last_batch_that_is_short_is_kept_too(logits):
