@@ -63,6 +63,7 @@ ROWS = {
     "DKD": _logits(alpha=0, dkd_weight=1.0),
     "NKD": _logits(alpha=0, nkd_weight=1.0),
     "DIST": _logits(alpha=0, dist_weight=1.0),
+    "OFA": _logits(alpha=0, ofa_weight=1.0, student_layers="1 2 4 5"),
     "CKA": _features(cka_weight=1.0),
     "Gram": _features(gram_weight=1.0),
     "token": _features(token_weight=1.0),
@@ -73,6 +74,9 @@ ROWS = {
     "RKD": _features(rkd_weight=25.0),
     "PKT": _features(pkt_weight=470.0),
     "Procrustes": _features(procrustes_weight=1.0),
+    "attention": Row(
+        "cka", {"cka_weight": 0, "attention_weight": 1.0, "student_layers": "2 4", "teacher_layers": "2 4"}, "vit", True
+    ),
     "KD + CKA": Row("cka", FEATURES | {"cka_weight": 1.0, "alpha": 0.7, "temperature": 2.0}, features=True),
 }
 TEACHERS = {"cnn": ("resnet18", {}), "vit": ("deit", {"num_train_epochs": 2})}
