@@ -32,8 +32,8 @@ class DistillationTrainer(SupervisedTrainer):
     ``loss = task_loss_weight * ((1 - alpha) * CE + alpha * KD) + sum of weight * schedule * method``
 
     The teacher is asked once for each distinct view. Where it sees the stored image, what it says is a constant: it is
-    computed once, kept on disk by the image's place in the training set, and read in every step (`teacher_cache`). Where
-    it sees the augmented one, it is one of image, epoch and `augmentation_seed`, and can be kept for later runs.
+    computed once, kept on disk by the image's place in the training set, and read in every step (`teacher_cache`).
+    Where it sees the augmented one, it is one of image, epoch and `augmentation_seed`, and can be kept for later runs.
     Both need a training set of stored images, a `StoredSplit`. Under the ``shared`` view the teacher sees the stored
     image and its tokens are resampled by the student's crop and flip; images that were mixed with another take no part
     in feature losses then. Nothing trainable stands on the teacher's side, unless `teacher_projector` asks for what the
