@@ -38,7 +38,8 @@ class DistillationTrainer(SupervisedTrainer):
 
     The teacher is asked once for each distinct view. Where it sees the stored image, what it says is a constant: it is
     computed once, kept on disk by the image's place in the training set, and read in every step (`teacher_cache`).
-    That needs a training set of stored images, a `StoredSplit`. Under the ``shared`` view the teacher sees the stored
+    Where it sees the augmented one, it is one of image, epoch and `augmentation_seed`, and can be kept for later runs.
+    Both need a training set of stored images, a `StoredSplit`. Under the ``shared`` view the teacher sees the stored
     image and its tokens are resampled by the student's crop and flip; images that were mixed with another take no part
     in feature losses then. Nothing trainable stands on the teacher's side, unless `teacher_projector` asks for what the
     published study did.

@@ -63,6 +63,10 @@ class ScoreRow:
         each = numbers[:, TOP:] - math.log(self.num_classes - TOP)
         return each.repeat(1, self.num_classes).scatter(1, classes, numbers[:, :TOP])
 
+    def undefined(self, rows: Tensor) -> Tensor:
+        """``(B,)`` bool, rows of scores that were no numbers; of as many rows as there are, none is read whole."""
+        return _float(rows if self.is_whole else rows[:, TOP:]).isnan().any(dim=1)
+
 
 def _half(below: Tensor) -> Tensor:
     """What lies further below than half precision reaches has no probability to speak of."""

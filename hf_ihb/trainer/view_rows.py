@@ -59,7 +59,9 @@ class ViewRow:
 
     def undefined(self, rows: Tensor) -> Tensor:
         """``(B,)`` bool, rows of what was no number."""
-        return torch.stack([part.isnan().any(dim=1) for part in self.numbers(rows)]).any(dim=0)
+        scores, grams = self._split(rows)
+        found = [] if scores is None else [self.scores.undefined(scores)]
+        return torch.stack(found + [_numbers(part).isnan().any(dim=1) for part in grams]).any(dim=0)
 
     def _split(self, rows: Tensor) -> tuple[Tensor | None, Sequence[Tensor]]:
         parts = rows.split(self._widths, dim=1)
