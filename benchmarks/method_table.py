@@ -59,23 +59,24 @@ def _features(**keys: Any) -> Row:
 ROWS = {
     "labels": Row("ce_only", {}, None),
     "KD": _logits(),
-    "KD, standardised": _logits(logit_standardization="true"),
+    "KD, standardised": _logits(logit_standardization="true", temperature=2.0),
     "DKD": _logits(alpha=0, dkd_weight=1.0),
     "NKD": _logits(alpha=0, nkd_weight=1.0),
     "DIST": _logits(alpha=0, dist_weight=1.0),
-    "OFA": _logits(alpha=0, ofa_weight=1.0, student_layers="1 2 4 5"),
+    "OFA": _logits(alpha=0, ofa_weight=1.0, student_layers="0 2 3 5"),
     "CKA": _features(cka_weight=1.0),
     "Gram": _features(gram_weight=1.0),
     "token": _features(token_weight=1.0),
-    "feature MSE": _features(feature_mse_weight=1.0),
     "relation": _features(relation_weight=1.0),
     "RSD": _features(rsd_weight=1.0),
-    "SP": _features(sp_weight=3000.0),
-    "RKD": _features(rkd_weight=25.0),
-    "PKT": _features(pkt_weight=470.0),
+    "SP": _features(sp_weight=3000),
+    "RKD": _features(rkd_weight=25),
+    "PKT": _features(pkt_weight=30000 // 64),  # there over the pairs of a batch of 64, here over its images
+    "feature MSE": _features(feature_mse_weight=1.0),
+    "feature smooth L1": _features(feature_mse_weight=1.0, feature_mse_type="smooth_l1"),
     "Procrustes": _features(procrustes_weight=1.0),
     "attention": Row(
-        "cka", {"cka_weight": 0, "attention_weight": 1.0, "student_layers": "2 4", "teacher_layers": "2 4"}, "vit", True
+        "cka", FEATURES | {"attention_weight": 1.0, "student_layers": "3 5", "teacher_layers": "3 5"}, "vit", True
     ),
     "KD + CKA": Row("cka", FEATURES | {"cka_weight": 1.0, "alpha": 0.7, "temperature": 2.0}, features=True),
 }

@@ -21,7 +21,7 @@ class PKT(PooledMethod):
 
     ``p(j | i)`` is proportional to ``(1 + cos(x_i, x_j)) / 2``, over the images j other than i of the batch of all
     processes. A divergence in nats; the authors' code takes its mean over all pairs of a batch, the image itself among
-    them, and a weight of tens of thousands.
+    them, which comparisons of methods weigh by 30000.
 
     References:
         Passalis and Tefas, 2018, https://arxiv.org/abs/1803.10837

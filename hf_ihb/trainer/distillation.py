@@ -148,7 +148,7 @@ class DistillationTrainer(SupervisedTrainer):
             self.batches.whole_images(pixels),
             self.teacher.prepare(other, whole=True) if other.dtype == torch.uint8 else other,
             final=any(need.final for need in needs),
-            several_tokens=args.cka_scope == "tokens",
+            several_tokens=args.cka_scope == "tokens" and any(need.layers for need in needs),
             attention=any(need.teacher_attention for need in needs),
         )
 

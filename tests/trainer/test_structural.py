@@ -457,6 +457,9 @@ def test_a_teacher_block_of_one_token_holds_no_structure(make_trainer, make_teac
     teacher.pixels = teacher.pixels.whole((8, 8))  # four stages: 8, 4, 2, 1
     with pytest.raises(RecipeError, match="expected several tokens, found one in block 3"):
         make_trainer(teacher=teacher, student_layers=[0], teacher_layers=[3])
+    pooled = {"cka_weight": 0.0, "gram_weight": 0.0, "token_weight": 0.0, "sp_weight": 1.0}
+    trainer = make_trainer(teacher=teacher, student_layers=[0], teacher_layers=[3], **pooled)  # which asks for one
+    assert trainer.teacher_side.layers.teacher_grids[-1] == (1, 1)
 
 
 def test_a_teacher_block_that_does_not_exist_is_named(make_trainer, vit_teacher):
