@@ -10,11 +10,11 @@ on all rows then is a sum of what each process computes from its own.
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_ihb.functional.gram import TokenGram
 from hf_ihb.functional.hsic import Estimator, Reduce, feature_moments, gram_moments, share_sums
+from hf_ihb.functional.tokens import unit_rows
 
 # Centred features smaller than this share of the raw ones are rounding noise: the features are constant.
 _CONSTANT = 1e-6
@@ -201,18 +201,28 @@ def rbf_cka(
     x, y = _checked(x, y, mask, estimator)
     with torch.autocast(x.device.type, enabled=False):
         taken = None if mask is None else mask > 0
-        grams = [_centered_features_gram(features, taken) for features in (x, y)]
-        grams = [_centered_rbf_gram(gram, mask, bandwidth) for gram in grams]
+        grams = [_centered_rbf_gram(_squared_distances(features, taken), mask, bandwidth) for features in (x, y)]
         return gram_moments(*grams, share_sums(x, mask)).cka(estimator)
 
 
-def _centered_rbf_gram(inner: Tensor, mask: Tensor | None, bandwidth: float) -> Tensor:
-    """Of the linear Gram matrix of the same features; zero where half of the distances are 0."""
+def _squared_distances(x: Tensor | TokenGram, mask: Tensor | None) -> Tensor:
+    """``(..., N, N)`` between rows, up to scale."""
+    if not isinstance(x, TokenGram):  # of differences: those of inner products drown beside an outlier
+        centered = _centered(x, mask)
+        return torch.cdist(centered, centered, compute_mode="donot_use_mm_for_euclid_dist").square()
+    inner = _centered_features_gram(x, mask)
     lengths = inner.diagonal(dim1=-2, dim2=-1)
-    pairs = torch.ones_like(inner, dtype=torch.bool) if mask is None else (mask[..., :, None] * mask[..., None, :]) > 0
-    others = pairs & ~torch.eye(inner.shape[-1], dtype=torch.bool, device=inner.device)
+    return (lengths[..., :, None] + lengths[..., None, :] - 2 * inner).clamp_min(0)
+
+
+def _centered_rbf_gram(squared: Tensor, mask: Tensor | None, bandwidth: float) -> Tensor:
+    """Of squared distances; zero where half of them are 0."""
+    pairs = (
+        torch.ones_like(squared, dtype=torch.bool) if mask is None else (mask[..., :, None] * mask[..., None, :]) > 0
+    )
+    others = pairs & ~torch.eye(squared.shape[-1], dtype=torch.bool, device=squared.device)
     # a row's distance to itself is 0, whatever rounding says
-    squared = torch.where(others, (lengths[..., :, None] + lengths[..., None, :] - 2 * inner).clamp_min(0), 0)
+    squared = torch.where(others, squared, 0)
     median = torch.where(others, squared.detach(), torch.nan).flatten(-2).nanmedian(dim=-1).values[..., None, None]
     defined = median > 0  # false for NaN: no pair at all
     kernel = torch.exp(-squared / (2 * bandwidth**2 * torch.where(defined, median, 1)))
@@ -244,7 +254,7 @@ def published_cka(x: Tensor, y: Tensor | TokenGram, *, mask: Tensor | None = Non
         def gram(features: Tensor | TokenGram) -> Tensor:
             if isinstance(features, TokenGram):
                 return _centered_kernel(_cosines(features), mask) / (count - 1)[..., None, None]
-            unit = F.normalize(torch.where(share > 0, features, 0), dim=-1)
+            unit = unit_rows(torch.where(share > 0, features, 0))
             mean = (unit * share).sum(dim=-2, keepdim=True) / count[..., None, None]
             centered = (unit - mean) * share.sqrt()
             return centered @ centered.mT / (count - 1)[..., None, None]
@@ -259,7 +269,7 @@ def published_cka(x: Tensor, y: Tensor | TokenGram, *, mask: Tensor | None = Non
 def _cosines(x: Tensor | TokenGram) -> Tensor:
     """``(..., N, N)`` cosine similarities of rows; those of a zero row are 0."""
     if not isinstance(x, TokenGram):
-        unit = F.normalize(_float(x), dim=-1)
+        unit = unit_rows(_float(x))
         return unit @ unit.mT
     raw = _float(x.raw())
     lengths = raw.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()

@@ -1,7 +1,6 @@
 """Patch tokens of two models, brought to the same places and compared one by one."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_ihb.functional.constants import constant, table
@@ -9,6 +8,7 @@ from hf_ihb.functional.logits import tilted_divergence
 
 # squared lengths below this are those of zero vectors, whose cosine is 0
 _TINY = 1e-16
+_SHORT = 1e-12
 # a side of a token is cut into so many, to see how much of a turned one lies inside
 _PIECES = 4
 _ROUNDING = 1e-4
@@ -147,6 +147,15 @@ def standardize_tokens(tokens: Tensor, position_mean: Tensor, channel_std: Tenso
     return (tokens.float() - position_mean) / channel_std
 
 
+def unit_rows(x: Tensor) -> Tensor:
+    """Vectors ``(..., D)`` over their lengths; a vector of zeros stays one, and has a gradient of 0.
+
+    `F.normalize` divides by 1e-12 there, and so does its gradient, which float16 cannot hold.
+    """
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / length.masked_fill(length <= _SHORT, torch.inf)
+
+
 def token_cosine_distance(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """``1 - mean cos(s_i, t_i)`` over the tokens of each image.
 
@@ -169,7 +178,8 @@ def token_cosine_distance(student: Tensor, teacher: Tensor, *, mask: Tensor | No
         student, teacher = student.float(), teacher.float()
         # sums of products and roots of them: the gradient of `F.cosine_similarity` takes twice as many passes
         dot, own, other = (student * teacher).sum(-1), student.square().sum(-1), teacher.square().sum(-1)
-        cosine = dot * (own.clamp_min(_TINY) * other.clamp_min(_TINY)).rsqrt()
+        product = own.clamp_min(_TINY) * other.clamp_min(_TINY)
+        cosine = dot * torch.where((own > _TINY) & (other > _TINY), product.rsqrt(), 0)
         if mask is None:
             return 1 - cosine.mean(dim=-1)
         share = mask.to(cosine.dtype)
@@ -216,7 +226,7 @@ def correlation_divergence(
         rows = pairs.any(dim=1)
 
         def similarities(embeddings: Tensor) -> Tensor:
-            unit = F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=1)
+            unit = unit_rows(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)))
             return unit @ unit.mT / temperature
 
         student, teacher = similarities(student), similarities(teacher)
