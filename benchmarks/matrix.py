@@ -2,7 +2,8 @@
 
 python benchmarks/matrix.py [--only NAME ...] [--quick] [--results benchmarks/results]
 
-Each model is tiny and random, saved to a folder and read as from the Hub. `--quick` leaves the trainings out.
+Each model is tiny and random, saved to a folder and read as from the Hub. `--quick` leaves the trainings out. With
+`--only`, what a table of the same day says of the other families is kept.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import transformers
 from benchmarks import matrix_training as training
 from benchmarks.families import FAMILIES, STUDENTS
 from benchmarks.matrix_checks import CHECKS, Case
-from hf_ihb.runs.environment import library_versions
+from hf_ihb.runs.environment import environment, library_versions
 from hf_ihb.runs.files import write_json
 
 STUDENT_CHECKS = ("structural_student", "gradients", "reload", "resume")
@@ -113,7 +114,12 @@ def main() -> None:
         print(name, json.dumps(students[name]), flush=True)
     for name, found in (two_processes(list(students)) if students else {}).items():
         students[name] = {"two_processes": found} | students[name]
-    minutes = (time.perf_counter() - started) / 60
+    minutes, commits = (time.perf_counter() - started) / 60, [environment(torch.device("cpu"))["commit"] or "unknown"]
+    stem = None if args.results is None else args.results / f"{datetime.date.today()}-matrix"
+    if stem is not None and args.only != [""] and stem.with_suffix(".json").is_file():
+        before = json.loads(stem.with_suffix(".json").read_text("utf-8"))
+        teachers, students = before["teachers"] | teachers, before["students"] | students
+        minutes, commits = minutes + before["minutes"], sorted({*commits, *before.get("commits", [])})
     counts = {
         f"{library} teachers": f"{sum(map(is_right, found))} of {len(found)}"
         for library in ("transformers", "timm")
@@ -121,15 +127,19 @@ def main() -> None:
     } | ({"students": f"{sum(map(is_right, students.values()))} of {len(students)}"} if students else {})
     summary = "; ".join(f"{name}: {count} right in every column" for name, count in counts.items())
     print(f"{summary}; {minutes:.1f} minutes")
-    if args.results is not None:
+    if stem is not None:
         versions = library_versions("torch", "transformers", "timm")
         record = {
             "counts": counts, "minutes": minutes, "versions": versions, "threads": torch.get_num_threads(),
-            "machine": platform.machine(), "teachers": teachers, "students": students,
+            "machine": platform.machine(), "commits": commits, "teachers": teachers, "students": students,
         }  # fmt: skip
-        stem = args.results / f"{datetime.date.today()}-matrix"
         write_json(stem.with_suffix(".json"), record)
-        lines = ["# Any teacher, any student", "", f"{summary}. {minutes:.1f} minutes on a CPU, {versions}.", ""]
+        lines = [
+            "# Any teacher, any student",
+            "",
+            f"{summary}. {minutes:.1f} minutes on a CPU, {versions}, {', '.join(commits)}.",
+            "",
+        ]
         lines += ["Columns are the checks of `benchmarks/matrix_checks.py` and `benchmarks/matrix_training.py`.", ""]
         lines += ["## Teachers", "", *table(teachers), "", "## Students", "", *table(students), ""]
         stem.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
