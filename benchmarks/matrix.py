@@ -2,8 +2,8 @@
 
 python benchmarks/matrix.py [--only NAME ...] [--quick] [--results benchmarks/results]
 
-Each model is tiny and random, saved to a folder and read as from the Hub. `--quick` leaves the trainings out. With
-`--only`, what a table of the same day says of the other families is kept.
+Each model is tiny and random, saved to a folder and read as from the Hub. `--quick` leaves the trainings out,
+`--only` other families; what a table of the same day says of these is kept.
 """
 
 import argparse
@@ -116,9 +116,10 @@ def main() -> None:
         students[name] = {"two_processes": found} | students[name]
     minutes, commits = (time.perf_counter() - started) / 60, [environment(torch.device("cpu"))["commit"] or "unknown"]
     stem = None if args.results is None else args.results / f"{datetime.date.today()}-matrix"
-    if stem is not None and args.only != [""] and stem.with_suffix(".json").is_file():
+    if stem is not None and (args.quick or args.only != [""]) and stem.with_suffix(".json").is_file():
         before = json.loads(stem.with_suffix(".json").read_text("utf-8"))
-        teachers, students = before["teachers"] | teachers, before["students"] | students
+        teachers = before["teachers"] | {name: before["teachers"].get(name, {}) | row for name, row in teachers.items()}
+        students = before["students"] | students
         minutes, commits = minutes + before["minutes"], sorted({*commits, *before.get("commits", [])})
     counts = {
         f"{library} teachers": f"{sum(map(is_right, found))} of {len(found)}"

@@ -11,12 +11,17 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
 
-from benchmarks.families import MEAN, STD, Family
+from benchmarks.families import FAMILIES, MEAN, STD, Family
+from benchmarks.matrix_training import images
+from hf_ihb.analysis.base import SharedArguments
+from hf_ihb.analysis.cka import CKAAnalysis
 from hf_ihb.config.model import TeacherArguments
 from hf_ihb.models.attention import capture_attention, has_attention
 from hf_ihb.models.features import final_norm, layout_of, size_arguments
 from hf_ihb.models.images import take_images
+from hf_ihb.models.pretrained import Pretrained
 from hf_ihb.models.probe import ModelLayout
+from hf_ihb.models.processing import PixelFormat
 from hf_ihb.models.teacher import Teacher, load_teacher
 
 
@@ -163,6 +168,34 @@ def attention(case: Case) -> str | None:
     return None
 
 
+def cka(case: Case) -> None:
+    """What the analysis says of its layers and a DINOv2's is what their features have by the formula in float64."""
+    count, family = 24, FAMILIES["transformers/dinov2"]
+    split = images(case.family.size, count)
+    subject = Pretrained(case.model, case.teacher.pixels, "subject", None)
+    other = Pretrained(family.build(), PixelFormat(tuple(MEAN), tuple(STD), (family.size, family.size)), "other", None)
+    analysis = CKAAnalysis(rows_per_batch=count)
+    found = analysis.compute(subject, split, torch.arange(count), SharedArguments(batch_size=count // 2), other)
+    grams = []
+    for one in (subject, other):
+        shown = one.pixels.apply(split.images)
+        maps = Teacher(one.model, one.pixels).features(shown, range(len(layout_of(one.model, shown).blocks)))
+        pooled = [m.patch_tokens.double().mean(1) for m in maps]
+        grams.append([(x - x.mean(0)) @ (x - x.mean(0)).mT for x in pooled])
+    expected = torch.tensor(
+        [[_debiased(a, b) / (_debiased(a, a) * _debiased(b, b)).sqrt() for b in grams[1]] for a in grams[0]]
+    )
+    torch.testing.assert_close(torch.tensor(found["matrices"][1]["linear"]), expected.float(), rtol=0, atol=2e-3)
+
+
+def _debiased(a: Tensor, b: Tensor) -> Tensor:
+    """Unbiased HSIC of two Gram matrices (Song et al., 2012), but for a factor that CKA does not see."""
+    n = len(a)
+    a, b = (x - x.diag().diag() for x in (a, b))
+    rest = a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (a.sum(0) @ b.sum(0))
+    return (a * b).sum() + rest
+
+
 CHECKS: dict[str, Callable[[Case], str | None]] = {
     "features": features,
     "grid": grid,
@@ -170,4 +203,5 @@ CHECKS: dict[str, Callable[[Case], str | None]] = {
     "logits": logits,
     "pixels": pixels,
     "attention": attention,
+    "cka": cka,
 }
