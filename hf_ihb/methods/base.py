@@ -95,6 +95,14 @@ class SharedKeys(Checked):
         """Takes its keys from the arguments of a run."""
         return cls(**{f.name: getattr(args, f.name) for f in fields(cls) if is_key(f)})
 
+    @property
+    def references(self) -> tuple[tuple[str, str], ...]:
+        """What they stand on, for a card: what and by whom, and the arXiv id."""
+        weighting = ("Uncertainty weighting: Kirchdorfer et al., 2024", "2408.07985")
+        standardization = ("Logit standardisation: Sun et al., 2024", "2403.01427")
+        uses = {weighting: self.uncertainty_weighting is not None, standardization: self.logit_standardization}
+        return tuple(reference for reference, is_used in uses.items() if is_used)
+
 
 class Widths(NamedTuple):
     """Feature widths of the layers that are compared.

@@ -222,7 +222,7 @@ def _references(run: RunFiles, analyses: list[AnalysisSection]) -> list[tuple[Ma
     saved = f"{run.config.get('architectures')} {run.config.get('architecture')} {run.keys['architecture']}".lower()
     stands_on = {number: text for mark, (text, number) in _MARKS.items() if mark in saved}
     for method in run.methods:
-        stands_on |= {number: text for text, number in method.references}
+        stands_on |= {number: text for text, number in (*method.references, *method.shared.references)}
     measured = (run.metrics or {}).get("teacher") or {}
     if run.teacher is not None and "dinov2" in f"{run.teacher['name']} {measured.get('class')}".lower():
         stands_on |= {"2304.07193": "DINOv2: Oquab et al., 2023"}

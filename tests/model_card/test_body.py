@@ -173,6 +173,18 @@ def test_references_are_of_what_the_run_stands_on(make_run):
     assert cited(files) == {"2301.00808"}
 
 
+def test_shared_keys_are_cited_where_they_are_used_and_a_negative_control_is_named(make_run):
+    files = records()
+    keys = {"alpha": 0.5, "logit_standardization": True, "uncertainty_weighting": 2.0, "attention_weight": 1.5}
+    keys |= {"distillation_stop_epoch": 2.0, "teacher_logits_view": "identical"}
+    files["recipe.json"]["keys"] |= keys
+    text = plain(run_card(make_run(files)))
+    assert {"2403.01427", "2408.07985", "2411.09702", "2605.07191"} <= set(re.findall(r"abs/([\d.]+)\)", text))
+    for said in ("uncertainty_weighting=2.0", "logit_standardization=True", "distillation_stop_epoch=2.0"):
+        assert said in text
+    assert "(weight 1.5; a likely negative control for teachers such as DINOv2, CLIP and BEiT)" in text
+
+
 OPTIONAL = (
     "config.json",
     "preprocessor_config.json",
