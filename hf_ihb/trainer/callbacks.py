@@ -25,10 +25,16 @@ class Hooks(TrainerCallback):
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
+        self._skipped = 0
 
     def on_train_begin(self, *args: Any, train_dataloader: DataLoader | None = None, **kwargs: Any) -> None:
         """Before the first step."""
+        self._skipped = 0
         self.trainer._begin_training(train_dataloader)
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """After the optimizer's step, or after a GradScaler has left it out."""
+        self._skipped += self.trainer.accelerator.optimizer_step_was_skipped
 
     def on_pre_optimizer_step(self, args: TrainingArguments, *others: Any, **kwargs: Any) -> None:
         """After the backward pass."""
@@ -56,9 +62,13 @@ class Hooks(TrainerCallback):
                 f"there are {found}"
             )
 
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
         """After the last step."""
         self.trainer._check_finite()
+        if self._skipped:
+            logger.warning(
+                f"{self._skipped} of {state.global_step} steps were left out: their float16 gradients overflowed"
+            )
 
 
 def is_over(trainer: Trainer) -> bool:

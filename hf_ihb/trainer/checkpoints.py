@@ -81,7 +81,7 @@ class Checkpoints:
             load: What `Trainer` does.
         """
         if not SCHEDULED & self.changed.keys():
-            load(folder)
+            self._load(folder, load)
             return
         optimizer, scheduler = self.trainer.optimizer, self.trainer.lr_scheduler
         fresh = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -91,13 +91,25 @@ class Checkpoints:
                 f"{type(scheduler).__name__}, whose state fits no other settings"
             )
         base_lrs = list(scheduler.base_lrs)
-        load(folder)
+        self._load(folder, load)
         scheduler.base_lrs = base_lrs
         for group, own, base, schedule in zip(
             optimizer.param_groups, fresh, base_lrs, scheduler.lr_lambdas, strict=True
         ):
             group.update(own | {"lr": base * schedule(scheduler.last_epoch)})
         scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+    def _load(self, folder: str | None, load: Callable[[str | None], None]) -> None:
+        try:
+            load(folder)
+        except ValueError as error:
+            if "parameter group" not in str(error):
+                raise
+            raise CheckpointError(
+                f"{folder}: expected the state of an optimizer of the parameters that are trained today, found one of "
+                "others; it was written by a version that trained other parameters: start anew, from its weights by "
+                "--model_name_or_path"
+            ) from error
 
     def save(self, folder: str | None, is_internal: bool) -> None:
         """Saves the weights that are evaluated; into a checkpoint, which `Trainer` asks for, the raw ones as well."""

@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor
 from hf_ihb.errors import NumericsError
 from hf_ihb.trainer.saving import last_good
 
+_NAMED = 16
+
 
 class LossLog:
     """Sums of the loss and its components since the last log, and how many images they are of."""
@@ -27,6 +29,7 @@ class LossLog:
         self._count = 0
         self._num_images = 0
         self._gradient: Tensor | None = None
+        self._unchecked: list[tuple[Tensor, Tensor | None]] = []
         self._start = time.perf_counter()
 
     @contextlib.contextmanager
@@ -38,9 +41,19 @@ class LossLog:
         finally:
             self._start += time.perf_counter() - started
 
-    def record(self, loss: Tensor, components: Mapping[str, Tensor], num_images: int) -> None:
-        """Adds a micro-batch's loss and components, scalars, and the number of its images on all processes."""
+    def record(
+        self, loss: Tensor, components: Mapping[str, Tensor], num_images: int, index: Tensor | None = None
+    ) -> None:
+        """Adds a micro-batch's loss and components.
+
+        Args:
+            loss: Scalar.
+            components: Scalars by name.
+            num_images: On all processes.
+            index: ``(B,)`` numbers of its images here, if they have any.
+        """
         self._num_images += num_images
+        self._unchecked.append((loss.detach(), index))
         values = torch.stack([value.detach().float() for value in (loss, *components.values())])
         self._sums = values if self._sums is None else self._sums + values
         self._names = tuple(components)
@@ -64,7 +77,7 @@ class LossLog:
             folder: Where the checkpoints are, of which the newest that verifies is named.
 
         Raises:
-            NumericsError: If so, with the means of the components.
+            NumericsError: If so, with the means of the components and the numbers of the images.
         """
         if self._count == 0:
             return
@@ -77,13 +90,24 @@ class LossLog:
         total, *parts = values.tolist()
         gradient = parts.pop() if self._gradient is not None else 0.0
         if math.isfinite(total) and math.isfinite(gradient):
+            self._unchecked.clear()
             return
         what = "gradient" if math.isfinite(total) else "loss"
         means = ", ".join(f"{n} {v:.4g}" for n, v in zip(self._names, parts, strict=True))
         raise NumericsError(
-            f"step {step + 1}: expected a finite {what}, found NaN or Inf (means since the last log: {means}); "
-            f"{last_good(folder)}"
+            f"step {step + 1}: expected a finite {what}, found NaN or Inf (means since the last log: {means})"
+            f"{self._images()}; {last_good(folder)}"
         )
+
+    def _images(self) -> str:
+        """The first micro-batch whose loss was not finite, or all whose gradient was not, in words."""
+        bad = [index for loss, index in self._unchecked if not loss.isfinite()][:1]
+        batches = [index for index in bad or [index for _, index in self._unchecked] if index is not None]
+        if not batches:
+            return ""
+        numbers = torch.cat(batches).tolist()
+        more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
+        return f", with training images {', '.join(map(str, numbers[:_NAMED]))}{more}"
 
     def read(self, reduce: Callable[[Tensor, str], Tensor]) -> dict[str, float]:
         """Means over the window and all processes, sorted by name, and images per second; begins a new window.

@@ -163,7 +163,7 @@ class SupervisedTrainer(Trainer):
         loss, components = self.training_losses(outputs, step)
         if outputs.cls_logits is not None:  # a head that no loss uses gets a gradient as well: DDP counts on it
             loss = loss + 0 * (outputs.cls_logits.mean() + outputs.distillation_logits.mean())
-        self.loss_log.record(loss, components, len(step.labels) * self.args.world_size)
+        self.loss_log.record(loss, components, len(step.labels) * self.args.world_size, inputs.get("index"))
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
     def prepare(self, inputs: dict[str, Any], train: bool) -> Step:

@@ -3,9 +3,10 @@ import signal
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import TrainerCallback
 
-from hf_ihb.errors import NumericsError, Preempted
+from hf_ihb.errors import CheckpointError, NumericsError, Preempted
 from tests.trainer.attacks import small_trainer
 
 
@@ -64,6 +65,46 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step_and_names_wh
         trainer.train()
     assert torch.equal(weight, states[0])
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_the_images_of_a_step_that_is_not_finite_are_named(tmp_path):
+    trainer, seen = small_trainer(tmp_path / "run", gradient_accumulation_steps=2), []
+    prepare, losses = trainer.prepare, trainer.training_losses
+
+    def note(inputs, train):
+        seen.append(inputs["index"].tolist())
+        return prepare(inputs, train)
+
+    def blow_up(outputs, step):
+        loss, components = losses(outputs, step)
+        return (loss * torch.nan if len(seen) == 3 else loss), components
+
+    trainer.prepare, trainer.training_losses = note, blow_up
+    with pytest.raises(NumericsError, match="step 2: expected a finite loss") as caught:
+        trainer.train()
+    assert f"with training images {', '.join(map(str, seen[2]))};" in str(caught.value)
+
+
+def test_steps_that_a_scaler_leaves_out_are_counted(tmp_path, monkeypatch):
+    said = []
+    trainer = small_trainer(tmp_path / "run", save_strategy="no")
+    left_out = property(lambda self: trainer.state.global_step in (0, 2))
+    monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", left_out)
+    monkeypatch.setattr("hf_ihb.trainer.callbacks.logger.warning", said.append)
+    trainer.train()
+    assert said == ["2 of 6 steps were left out: their float16 gradients overflowed"]
+
+
+def test_a_state_of_other_parameters_is_one_line(tmp_path):
+    trainer = small_trainer(tmp_path / "run", max_steps=2)
+    trainer.train()
+    path = tmp_path / "run" / "checkpoint-2" / "optimizer.pt"
+    state = torch.load(path, weights_only=True)
+    state["param_groups"][0]["params"].pop()
+    torch.save(state, path)
+    (path.parent / "manifest.json").unlink()  # as of an earlier version
+    with pytest.raises(CheckpointError, match=r"checkpoint-2: expected the state of an optimizer of the parameters"):
+        small_trainer(tmp_path / "run").train(resume_from_checkpoint=True)
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
