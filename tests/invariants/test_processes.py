@@ -31,10 +31,16 @@ AVERAGED = {"ema_decay": 0.9, "conv_stem": True}
 RESUMABLE = {**AUGMENTED, "drop_path_rate": 0.2, "max_steps": 8, "save_strategy": "steps", "save_steps": 3}
 
 
-@pytest.mark.parametrize("method", ["logits", "structural"])
+SHARED_OUT = STRUCTURAL | {
+    "cka_weight": 0.0, "gram_weight": 0.0, "token_weight": 0.0, "procrustes_weight": 1.0, "rkd_weight": 1.0,
+    "dist_weight": 0.2, "uncertainty_weighting": 2.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["logits", "structural", "shared out"])
 def test_two_processes_train_like_one_on_the_same_global_batch(method, launch, teacher, tmp_path):
     cached = {"center_positions": False, "teacher_cache": "tokens"}
-    recipe = {"logits": LOGITS, "structural": {**STRUCTURAL, **cached}}[method]
+    recipe = {"logits": LOGITS, "structural": {**STRUCTURAL, **cached}, "shared out": SHARED_OUT}[method]
     # SGD: Adam turns rounding noise of tiny gradients into whole steps
     recipe |= {**AUGMENTED, "teacher_model": teacher, "max_steps": 5, "optim": "sgd", "learning_rate": 0.05}
     recipe |= {"weight_decay": 0.01, "weight_decay_scope": "all"}
@@ -47,9 +53,13 @@ def test_two_processes_train_like_one_on_the_same_global_batch(method, launch, t
     assert [run.json("recipe.json")["environment"]["num_processes"] for run in (one, two)] == [1, 2]
     for run in (one, two):  # a flaw of the published study is named once, whatever the number of processes
         assert run.stderr.count("weight_decay_scope=all repeats a flaw of the published study: norms, biases") == 1
-    parts = ["loss", "task_loss", "kd_loss"] if method == "logits" else ["loss", "cka_loss", "gram_loss", "token_loss"]
-    for part in parts:
-        assert two.logged(part) == pytest.approx(one.logged(part), abs=1e-5), part
+    parts = {
+        "logits": ["task_loss", "kd_loss"],
+        "structural": ["cka_loss", "gram_loss", "token_loss"],
+        "shared out": ["task_weight", "procrustes_loss", "procrustes_weight", "rkd_loss", "dist_loss", "dist_weight"],
+    }[method]
+    for part in ["loss", *parts]:
+        assert two.logged(part) == pytest.approx(one.logged(part), rel=1e-6, abs=1e-5), part
     for name, tensor in one.weights().items():
         torch.testing.assert_close(two.weights()[name], tensor, rtol=0, atol=1e-5)
     assert two.json("evaluation.json")["test"]["accuracy"] == one.json("evaluation.json")["test"]["accuracy"]
