@@ -29,15 +29,15 @@ class _RecipeParser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         found = re.search(r"argument --(\w+)[^:]*: (?:invalid \w+(?: value)?: )?(.*)", message)
         if found is None:
-            raise RecipeError(f"command line: {message}")
+            raise RecipeError(_one_line(f"command line: {message}"))
         name, value = found.groups()
         kind = re.search(r"invalid (\w+) value", message)
+        reason = f"expected {kind[1]}, found {value}" if kind else value
         if choice := re.fullmatch(r"('.*') \(choose from (.*)\)", value):
             choices = choice[2].replace("'", "")
-            raise RecipeError(f"command line: key '{name}': expected one of {choices}, found {choice[1]}")
-        if truth := re.match(r"Truthy value expected: got (.*?) but expected", value):
-            raise RecipeError(f"command line: key '{name}': expected true or false, found {truth[1]}")
-        reason = f"expected {kind[1]}, found {value}" if kind else value
+            reason = f"expected one of {choices}, found {choice[1]}"
+        elif truth := re.match(r"Truthy value expected: got (.*?) but expected", value):
+            reason = f"expected true or false, found {truth[1]}"
         raise RecipeError(_one_line(f"command line: key '{name}': {reason}"))
 
     @staticmethod

@@ -178,8 +178,10 @@ def token_cosine_distance(student: Tensor, teacher: Tensor, *, mask: Tensor | No
         student, teacher = student.float(), teacher.float()
         # sums of products and roots of them: the gradient of `F.cosine_similarity` takes twice as many passes
         dot, own, other = (student * teacher).sum(-1), student.square().sum(-1), teacher.square().sum(-1)
-        product = own.clamp_min(_TINY) * other.clamp_min(_TINY)
-        cosine = dot * torch.where((own > _TINY) & (other > _TINY), product.rsqrt(), 0)
+        # root by root: the gradient of the root of a product of tiny squares is beyond float32
+        for square in (own, other):
+            dot = dot * torch.where(square > _TINY, torch.where(square > _TINY, square, 1).rsqrt(), 0)
+        cosine = dot
         if mask is None:
             return 1 - cosine.mean(dim=-1)
         share = mask.to(cosine.dtype)

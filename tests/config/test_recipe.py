@@ -508,6 +508,15 @@ def test_every_shipped_recipe_parses(path):
 # ---- Any recipe ----
 
 
+@pytest.mark.parametrize("key", ["activation_checkpointing", "seed", "teacher_view"])
+@pytest.mark.parametrize("separator", ["\x1e", "\x85", "\u2028"])
+def test_what_ends_a_line_in_a_value_does_not_end_it_in_a_message(key, separator, tmp_path):
+    path = write({"teacher_model": "x", "cka_weight": 1.0})
+    with pytest.raises(RecipeError, match=f"key '{key}': expected") as error:
+        parse_recipe([path, f"--{key}", f"a{separator}0"], *DISTILL["structural"])
+    assert len(str(error.value).splitlines()) == 1
+
+
 def random_value(rng, depth=0):
     kinds = [
         lambda: rng.choice([True, False, None]),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.reliability.degenerate import DTYPES, LOSSES, TOLERANCE, fault, pair
-from hf_ihb.functional.tokens import unit_rows
+from hf_ihb.functional.tokens import token_cosine_distance, unit_rows
 
 # a normalisation that is itself near 0, or distances that are inner products' differences, keep fewer digits
 LOOSE = {"linear CKA, debiased": 1e-3, "RBF CKA, debiased": 1e-3}
@@ -18,6 +18,15 @@ def test_degenerate_matrices_have_a_finite_loss_and_gradient_in_any_precision(na
             found, off = fault(name, x, y, dtype)
             assert not found, (what, found, dtype)
             assert off <= LOOSE.get(name, TOLERANCE), (what, off)
+
+
+@pytest.mark.parametrize(("own", "other"), [(1e-3, 0.0), (1e-7, 1e-7), (0.0, 1.0), (1e-12, 1.0)])
+def test_short_tokens_have_a_finite_gradient(own, other):
+    x = (own * torch.ones(1, 1, 3)).requires_grad_()
+    distance = token_cosine_distance(x, other * torch.ones(1, 1, 3))
+    (gradient,) = torch.autograd.grad(distance.sum(), x)
+    assert distance.isfinite().all()
+    assert gradient.isfinite().all()
 
 
 def test_a_vector_of_zeros_has_no_direction_and_no_gradient():
