@@ -96,6 +96,8 @@ def command(row: Row, seed: int, control: str, args: argparse.Namespace, folder:
     if row.teacher is not None:
         keys |= {"teacher_model": args.work / f"teacher-{row.teacher}", "teacher_control": control}
         keys |= {"teacher_cache_dir": args.work / "teacher_caches"}
+    if row.recipe == "kd_resnet18":
+        keys["teacher_cache"] = "views"  # all of them show the teacher the same augmented images
     return _command("train" if row.teacher is None else "distill", row.recipe, keys)
 
 
