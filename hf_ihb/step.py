@@ -156,6 +156,7 @@ class Step:
         inputs: The batch as it came.
         reduce: Sums a tensor over processes, differentiably; None for one process.
         gather: Stacks the rows of all processes, differentiably; None for one process.
+        of_teachers: The step as what is learned from each of the teachers sees it, the first of them this one.
     """
 
     pixel_values: Tensor
@@ -167,6 +168,7 @@ class Step:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     reduce: Callable[[Tensor], Tensor] | None = None
     gather: Callable[[Tensor], Tensor] | None = None
+    of_teachers: tuple["Step", ...] = ()
 
     def weight(self) -> Tensor:
         """``(B,)`` share of each image in feature losses, in {0, 1}."""
