@@ -180,6 +180,8 @@ class DistillationTrainer(SupervisedTrainer):
             CacheError: If it cannot be written, or does not hold what the teacher says.
         """
         for lesson in self.lessons:
+            if lesson.number is not None and self.is_world_process_zero():
+                print(lesson.introduction, flush=True)
             lesson.teacher_side.open()
 
     def score_teacher(self) -> float:

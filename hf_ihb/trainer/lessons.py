@@ -87,6 +87,11 @@ class Lesson:
         return name if self.number is None else f"{name}_{self.number}"
 
     @property
+    def introduction(self) -> str:
+        """Which of several teachers it is, and what is learned from it."""
+        return f"teacher {self.number}, '{self.teacher.name}': {' + '.join(m.summary() for m in self.methods)}"
+
+    @property
     def needs_logits(self) -> bool:
         """Whether the teacher's class scores are learned from."""
         return any(method.needs.logits for method in self.methods)

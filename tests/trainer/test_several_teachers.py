@@ -1,6 +1,7 @@
 """Several teachers in one run: what they add up to, what each sees, and what is refused."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -307,3 +308,38 @@ def test_what_contradicts_for_one_teacher_does_for_one_of_several(make_trainer, 
         make_trainer([make_teacher()], teacher_models=entries)
     with pytest.raises(RecipeError, match="expected an entry for each of 2 teachers, found 0"):
         make_trainer([make_teacher(), vit_teacher()], alpha=0.5)
+
+
+# ---- What is said of them ----
+
+
+def test_card_and_records_name_each_teacher_with_what_is_learned_from_it(
+    make_trainer, make_teacher, vit_teacher, tmp_path, capsys
+):
+    teachers = [make_teacher(), vit_teacher()]
+    for teacher, name in zip(teachers, ("org/cnn", "org/vit"), strict=True):
+        teacher.name, teacher.revision = name, name[-3:] * 10
+    keys = {"output_dir": str(tmp_path / "run"), "teacher_models": [LOGITS, STRUCTURE | {"cka_scope": "images"}]}
+    trainer = make_trainer(teachers, **keys)
+    trainer.train()
+    trainer.create_model_card()
+    said = capsys.readouterr().out
+    assert "teacher 1, 'org/cnn': soft logits" in said
+    assert "teacher 2, 'org/vit': cka + token" in said
+    card = (tmp_path / "run" / "README.md").read_text()
+    for text in (
+        "teacher_model:\n- org/cnn\n- org/vit\nteacher_revision:\n- cnncnn",
+        "the labels and 2 frozen teachers: [`org/cnn`](https://huggingface.co/org/cnn), by soft logit distillation",
+        "; [`org/vit`](https://huggingface.co/org/vit), by CKA + token losses between layers.",
+        "cross-entropy on the labels (weight 0.6)",
+        "weight 0.4) of teacher 1 + (1 - CKA) over the images of a batch",
+    ):
+        assert text in card, text
+    rows = {row.split("|")[1].strip(): row.split("|")[2].strip() for row in card.splitlines() if row.startswith("|")}
+    assert rows["teacher 1"].endswith("shown the student's augmented images")
+    assert rows["teacher 2"].endswith("shown the stored images, its tokens following the student's augmentation")
+    assert rows["layers compared of teacher 2"].startswith("0 with 1, 2 with 2")
+    assert "layers compared of teacher 1" not in rows
+    record = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert [teacher["name"] for teacher in record["teachers"]] == ["org/cnn", "org/vit"]
+    assert record["teachers"][1]["keys"].items() >= (STRUCTURE | {"cka_scope": "images"}).items()
