@@ -207,12 +207,14 @@ def _facts(trainer: SupervisedTrainer, data: ImageData, train_seconds: float) ->
     facts: dict[str, Any] = {"num_parameters": sum(p.numel() for p in trainer.student.parameters())}
     facts |= {"num_train_images": len(data.train), "train_steps": trainer.state.global_step}
     facts |= {"train_seconds": train_seconds, "seed": trainer.args.seed}
-    if (accuracy := getattr(trainer, "teacher_accuracy", None)) is not None:
-        facts["teacher_validation_accuracy"] = accuracy
-    if (cache := getattr(trainer, "teacher_cache", None)) is not None:
-        facts["teacher_cache"] = cache.layout.kind
-    if (views := getattr(trainer, "teacher_views", None)) is not None:
-        facts["teacher_views"] = {"key": views.key[:32], "begun_by": views.begun_by and Path(views.begun_by).name}
+    for lesson in getattr(trainer, "lessons", ()):
+        if (accuracy := trainer.teacher_accuracies.get(lesson.named("teacher_accuracy"))) is not None:
+            facts[lesson.named("teacher_validation_accuracy")] = accuracy
+        if (cache := lesson.teacher_side.cache) is not None:
+            facts[lesson.named("teacher_cache")] = cache.layout.kind
+        if (views := lesson.teacher_side.views.cache) is not None:
+            begun = views.begun_by and Path(views.begun_by).name
+            facts[lesson.named("teacher_views")] = {"key": views.key[:32], "begun_by": begun}
     return facts
 
 
@@ -247,7 +249,8 @@ def measure(
     """Writes ``metrics.json``, ``analysis.json`` and the plots of a finished run, as the scripts do by default.
 
     Args:
-        trainer: Has trained and saved its student; gives the teacher.
+        trainer: Has trained and saved its student; gives the teacher, of several the first whose class scores, and for
+            analyses the first whose layers, are learned from.
         data: The data set of the run; its test split is used.
         heads: What the student answered to the test split (see `recorded_heads`). It is asked again where that is not
             one answer for each image, as where a method shows it an image twice.
@@ -255,14 +258,14 @@ def measure(
         baseline: The matched control.
     """
     folder, device = Path(trainer.args.output_dir), trainer.args.device
-    student, teacher = load_pretrained(str(folder)).to(device), getattr(trainer, "teacher", None)
+    student, lessons = load_pretrained(str(folder)).to(device), getattr(trainer, "lessons", ())
     about = {"name": data.name, "revision": data.revision}
     logits = {head: np.concatenate(batches) for head, batches in heads.items()}
     is_whole = bool(logits) and all(len(rows) == len(data.test) for rows in logits.values())
     results = evaluate_model(
         student,
         data.test,
-        teacher=teacher if teacher is not None and trainer.needs_logits else None,
+        teacher=next((lesson.teacher for lesson in lessons if lesson.needs_logits), None),
         baseline=baseline,
         device=device,
         data=about | {"split": "test"},
@@ -274,7 +277,8 @@ def measure(
     confusion_matrix_plot(confusion, data.label_names, folder / CONFUSION_PLOT)
     pixels = _first_pixels(student, data)
     if analyses := [name for name in analyses if ANALYSES[name].applies_to(student.model, pixels)]:
-        _analyze(student, data, analyses, teacher, folder)
+        compared = sorted(lessons, key=lambda lesson: lesson.layers is None)  # by layers: one that was learned from so
+        _analyze(student, data, analyses, compared[0].teacher if compared else None, folder)
 
 
 def _analyze(student: Pretrained, data: ImageData, analyses: Sequence[str], teacher: Any, folder: Path) -> None:

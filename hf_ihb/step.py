@@ -164,6 +164,7 @@ class Step:
         epoch: Whole epochs trained before it, which its views were drawn for.
         reduce: Sums a tensor over processes, differentiably; None for one process.
         gather: Stacks the rows of all processes, differentiably; None for one process.
+        of_teachers: The step as what is learned from each of the teachers sees it, the first of them this one.
     """
 
     pixel_values: Tensor
@@ -176,6 +177,7 @@ class Step:
     epoch: int = 0
     reduce: Callable[[Tensor], Tensor] | None = None
     gather: Callable[[Tensor], Tensor] | None = None
+    of_teachers: tuple["Step", ...] = ()
 
     def weight(self) -> Tensor:
         """``(B,)`` share of each image in feature losses, in {0, 1}."""

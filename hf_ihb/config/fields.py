@@ -71,6 +71,7 @@ def key(
     unit: str | None = None,
     published: dict[Any, str] | None = None,
     words: dict[str, int] | None = None,
+    json: bool = False,
 ) -> Any:
     """A dataclass field of a recipe.
 
@@ -81,6 +82,7 @@ def key(
         unit: Unit, for ``--help``.
         published: Values that repeat a flaw of the published study, each with what is wrong; a run says so once.
         words: What may be written in the place of a number, and the number it stands for.
+        json: Whether each word of the command line is JSON, not text.
     """
     notes = "; ".join(str(note) for note in (unit, within) if note)
     metadata: dict[str, Any] = {"key": True, "help": f"{help} ({notes})" if notes else help}
@@ -90,6 +92,8 @@ def key(
         metadata["published"] = published
     if words is not None:
         metadata["words"] = words
+    if json:
+        metadata["json"] = True
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -126,7 +126,11 @@ class TeacherArguments(Checked):
         False, "Trust that the teacher's classes are in the data set's order where its names cannot tell."
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_named(self) -> None:
+        """Sees that there is a teacher; a run may name several elsewhere.
+
+        Raises:
+            ValueError: If there is none.
+        """
         if self.teacher_model is None:
             raise ValueError("key 'teacher_model': expected a Hub id or a folder, found nothing")

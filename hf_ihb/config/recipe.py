@@ -21,6 +21,7 @@ from hf_ihb.errors import RecipeError
 
 MAX_RECIPE_BYTES = 1 << 20
 MAX_INTEGER = 1 << 63
+_OURS = ("key", "range", "published", "words", "json")  # of a field's metadata, that argparse does not know
 
 
 class _RecipeParser(HfArgumentParser):
@@ -43,9 +44,7 @@ class _RecipeParser(HfArgumentParser):
     @staticmethod
     def _parse_dataclass_field(parser: ArgumentParser, field: Field) -> None:
         plain = copy.copy(field)
-        plain.metadata = {
-            name: value for name, value in field.metadata.items() if name not in ("key", "range", "published", "words")
-        }
+        plain.metadata = {name: value for name, value in field.metadata.items() if name not in _OURS}
         HfArgumentParser._parse_dataclass_field(parser, plain)
         if words := field.metadata.get("words"):
 
@@ -54,6 +53,22 @@ class _RecipeParser(HfArgumentParser):
 
             integer.__name__ = "int"  # what an error calls it
             parser._option_string_actions[f"--{field.name}"].type = integer
+        if field.metadata.get("json"):
+            parser._option_string_actions[f"--{field.name}"].type = _json_object
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """A word of the command line that is a JSON object.
+
+    Raises:
+        ValueError: If it is none; argparse asks for that.
+    """
+    if not isinstance(value := json.loads(text), dict):
+        raise ValueError(text)
+    return value
+
+
+_json_object.__name__ = "object"  # what an error calls it
 
 
 def parse_recipe(argv: Sequence[str], *dataclasses: type, description: str | None = None) -> tuple[Any, ...]:

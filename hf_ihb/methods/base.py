@@ -157,6 +157,11 @@ class Method(Checked):
         return getattr(self, f"{self.name}_weight") > 0
 
     @property
+    def weight_key(self) -> str:
+        """The key that holds its weight."""
+        return f"{self.name}_weight"
+
+    @property
     def needs(self) -> Needs:
         """What it asks of teacher and student."""
         raise NotImplementedError

@@ -94,6 +94,16 @@ class LogitDistillation(LogitMethod):
         asked = self.shared.method == "logits" or (self.alpha or 0) > 0
         return asked or (self.alpha_schedule != "constant" and self.alpha_start > 0)
 
+    @property
+    def weight_key(self) -> str:
+        """Alpha, or with a schedule where it starts, whichever is above 0."""
+        return "alpha" if (self.alpha or 0) > 0 else "alpha_start"
+
+    @property
+    def largest_weight(self) -> float:
+        """Alpha where it is largest in a training."""
+        return max(self.alpha or 0.0, self.alpha_start if self.alpha_schedule != "constant" else 0.0)
+
     def risen_weight(self, epoch: float, num_epochs: float) -> float:
         """Alpha after its warm-up, by its schedule."""
         return scheduled_alpha(

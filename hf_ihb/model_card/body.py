@@ -98,7 +98,7 @@ def _body(run: RunFiles, options: CardOptions) -> str:
         title=_plain_or_code(title_of(run, **options)),
         usage=_usage(run, options.get("repo_id") or run.name),
         introduction=_introduction(run),
-        control=run.keys["teacher_control"] if run.teacher else "none",
+        control=_control(run),
         classes=listing(run.dataset["label_names"]),
         results=evidence.results(run),
         analyses=analyses,
@@ -157,16 +157,28 @@ def _image_size(run: RunFiles) -> tuple[int, int] | None:
 
 def _introduction(run: RunFiles) -> Markdown:
     """What the model is, what it was trained on, and by whom."""
-    weights, teacher = run.keys["model_name_or_path"], run.teacher
+    weights = run.keys["model_name_or_path"]
     start = Markdown("from scratch") if weights is None else Markdown("from the weights of ") + training.named(weights)
-    if teacher is None:
+    if run.teacher is None:
         source = Markdown("the labels alone, without a teacher")
     else:
-        text = Markdown("the labels and a frozen teacher, {}, by {}" if training.label_weight(run) else "{}, by {}")
-        source = text.format(training.named(teacher["name"], teacher["revision"]), training.method(run))
+        several = len(run.taught) > 1
+        who = f"{len(run.taught)} frozen teachers: {{}}" if several else "a frozen teacher, {}"
+        each = [
+            Markdown("{}, by {}").format(training.named(x.teacher["name"], x.teacher["revision"]), training.method(x))
+            for x in run.taught
+        ]
+        text = f"the labels and {who}" if training.label_weight(run) else who if several else "{}"
+        source = Markdown(text).format(Markdown("; ").join(each))
     data = training.named(run.dataset["name"], run.dataset["revision"], "datasets/")
     trained = Markdown("It was trained {} on {:,} images of {}, and learned from {}.")
     return _description(run) + Markdown(" ") + trained.format(start, run.dataset["train"], data, source)
+
+
+def _control(run: RunFiles) -> str:
+    """Which control a run is: what all of its teachers were."""
+    controls = {taught.keys["teacher_control"] for taught in run.taught}
+    return controls.pop() if len(controls) == 1 else "none"
 
 
 def _description(run: RunFiles) -> Markdown:
@@ -224,7 +236,8 @@ def _references(run: RunFiles, analyses: list[AnalysisSection]) -> list[tuple[Ma
     for method in run.methods:
         stands_on |= {number: text for text, number in (*method.references, *method.shared.references)}
     measured = (run.metrics or {}).get("teacher") or {}
-    if run.teacher is not None and "dinov2" in f"{run.teacher['name']} {measured.get('class')}".lower():
+    teachers = [taught.teacher["name"] for taught in run.taught]
+    if teachers and "dinov2" in f"{teachers} {measured.get('class')}".lower():
         stands_on |= {"2304.07193": "DINOv2: Oquab et al., 2023"}
     for section in analyses:  # says more of a paper than the network that comes from it
         stands_on |= {number: text for text, number in section.analysis.references}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_ihb.markdown import EMPTY, Markdown, called, is_number, measured_on, percent, table, value_or_nothing
-from hf_ihb.model_card.files import RunFiles
+from hf_ihb.model_card.files import RunFiles, Taught
 from hf_ihb.model_card.header import answering_accuracy
 from hf_ihb.model_card.training import named
 
@@ -57,9 +57,11 @@ def _results_table(run: RunFiles) -> Markdown:
 
 def _teacher_title(run: RunFiles) -> str:
     """What the model that `metrics.json` calls the teacher was to this one."""
-    if run.teacher is None or run.metrics["teacher"] is None or run.teacher["name"] != run.metrics["teacher"]["name"]:
+    name = None if run.metrics["teacher"] is None else run.metrics["teacher"]["name"]
+    controls = [taught.keys["teacher_control"] for taught in run.taught if taught.teacher["name"] == name]
+    if not controls:
         return "compared with: "
-    return "teacher, with its trained weights: " if run.keys["teacher_control"] == "untrained" else "teacher: "
+    return "teacher, with its trained weights: " if controls[0] == "untrained" else "teacher: "
 
 
 def _count(number: int) -> Markdown:
@@ -88,9 +90,13 @@ def _transfer(run: RunFiles) -> list[Markdown]:
 
 def _fidelity(run: RunFiles) -> list[Markdown]:
     if run.metrics is None:
-        agreement = run.evaluation["test"].get("teacher_agreement")
-        text = Markdown("It decides as its teacher on {} of the images.")
-        return [text.format(percent(agreement))] if is_number(agreement) else []
+        found = [(taught, run.evaluation["test"].get(taught.of("teacher_agreement"))) for taught in run.taught]
+        text = "It decides as its {teacher} on {agreement} of the images."
+        return [
+            Markdown(text).format(teacher=_which(taught), agreement=percent(agreement))
+            for taught, agreement in found
+            if is_number(agreement)
+        ]
     if (fidelity := run.metrics["fidelity"]) is None:
         return []
     text = "It decides as {name} on {agreement} of the images; KL({name} || this) is {divergence:.4f} nats."
@@ -103,6 +109,15 @@ def _validation(run: RunFiles) -> list[Markdown]:
     if run.evaluation is None:
         return []
     own = percent(run.evaluation["validation"]["accuracy"])
-    teacher = run.evaluation.get("teacher_validation_accuracy")
-    other = Markdown("; its teacher's: {}").format(percent(teacher)) if is_number(teacher) else EMPTY
-    return [Markdown("Accuracy on the validation split: {}").format(own) + other + Markdown(".")]
+    found = [(taught, run.evaluation.get(taught.of("teacher_validation_accuracy"))) for taught in run.taught]
+    others = [
+        Markdown("; its {}'s: {}").format(_which(taught), percent(accuracy))
+        for taught, accuracy in found
+        if is_number(accuracy)
+    ]
+    return [Markdown("Accuracy on the validation split: {}").format(own) + EMPTY.join(others) + Markdown(".")]
+
+
+def _which(taught: Taught) -> Markdown:
+    """Which of the teachers, where there are several."""
+    return Markdown(taught.of("teacher").replace("_", " "))

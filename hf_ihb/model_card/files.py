@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from hf_ihb.analysis import ANALYSES
 from hf_ihb.config.augmentation import AugmentationArguments
@@ -35,6 +35,26 @@ PLOTS = {
 } | {CONFUSION_PLOT: "which classes are taken for which"}
 
 
+class Taught(NamedTuple):
+    """What a run learned from one teacher.
+
+    Attributes:
+        number: From 1, where there are several; None for the only one.
+        teacher: Name and revision.
+        keys: Of the run, as they hold for this teacher.
+        methods: What it was learned by.
+    """
+
+    number: int | None
+    teacher: dict[str, Any]
+    keys: dict[str, Any]
+    methods: list[Method]
+
+    def of(self, name: str) -> str:
+        """A key of logs and results that is this teacher's."""
+        return name if self.number is None else f"{name}_{self.number}"
+
+
 @dataclass(frozen=True)
 class RunFiles:
     """What the files of a run folder say.
@@ -61,7 +81,7 @@ class RunFiles:
 
     @property
     def teacher(self) -> dict[str, Any] | None:
-        """Name and revision of the teacher."""
+        """Name and revision of the teacher, the first of several."""
         return self.recipe["teacher"]
 
     @property
@@ -111,8 +131,15 @@ class RunFiles:
 
     @cached_property
     def methods(self) -> list[Method]:
-        """What it learned by from its teacher."""
-        return [] if self.teacher is None else methods_of(SimpleNamespace(**self.keys))
+        """What it learned by from its teachers."""
+        return [method for taught in self.taught for method in taught.methods]
+
+    @cached_property
+    def taught(self) -> list[Taught]:
+        """What it learned from each teacher; empty where there was none."""
+        if self.teacher is None:
+            return []
+        return taught_by(self.recipe, self.keys)
 
     @cached_property
     def argument_classes(self) -> tuple[type, ...]:
@@ -127,6 +154,20 @@ class RunFiles:
         for arguments in self.argument_classes:
             keys |= {name: saved.get(name, default) for name, default in defaults_of(arguments).items()}
         return keys
+
+
+def taught_by(recipe: Mapping[str, Any], keys: dict[str, Any]) -> list[Taught]:
+    """What a run learned from each of its teachers.
+
+    Args:
+        recipe: Its ``recipe.json``.
+        keys: Every key of methods, and others, as they hold for the run.
+    """
+    if "teachers" not in recipe:
+        return [Taught(None, recipe["teacher"], keys, methods_of(SimpleNamespace(**keys)))]
+    each = [keys | teacher["keys"] for teacher in recipe["teachers"]]
+    pairs = enumerate(zip(recipe["teachers"], each, strict=True), 1)
+    return [Taught(number, teacher, own, methods_of(SimpleNamespace(**own))) for number, (teacher, own) in pairs]
 
 
 def defaults_of(dataclass_type: type) -> dict[str, Any]:

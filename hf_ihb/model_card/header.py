@@ -82,8 +82,8 @@ def card_data(
         "metrics": ["accuracy"],
         "base_model": base_model,
         "base_model_relation": base_model and "finetune",
-        "teacher_model": run.teacher and run.teacher["name"],
-        "teacher_revision": run.teacher and run.teacher["revision"],
+        "teacher_model": _of_teachers(run, "name"),
+        "teacher_revision": _of_teachers(run, "revision"),
         "eval_results": results,
         "model_name": results and title_of(run, repo_id=repo_id, model_name=model_name),
     }
@@ -93,6 +93,12 @@ def card_data(
 def title_of(run: RunFiles, *, repo_id: str | None = None, model_name: str | None = None, **_: Any) -> str:
     """What the model is called."""
     return model_name or (run.name if repo_id is None else repo_id.rpartition("/")[2])
+
+
+def _of_teachers(run: RunFiles, name: str) -> Any:
+    """What the record of the teacher says, or the list of what those of several do."""
+    values = [taught.teacher[name] for taught in run.taught]
+    return values if len(values) > 1 and any(value is not None for value in values) else next(iter(values), None)
 
 
 def _tags(run: RunFiles) -> list[str]:

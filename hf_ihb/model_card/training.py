@@ -8,7 +8,7 @@ from hf_ihb.config.fields import flaws_among
 from hf_ihb.config.names import LOCAL_PREFIX
 from hf_ihb.markdown import EMPTY, Markdown, called, counted, is_number, percent
 from hf_ihb.methods import METHODS
-from hf_ihb.model_card.files import RunFiles, defaults_of, is_hub_id
+from hf_ihb.model_card.files import RunFiles, Taught, defaults_of, is_hub_id
 from hf_ihb.runs.folder import HISTORY_FILE
 from hf_ihb.trainer.arguments import SupervisedTrainingArguments
 
@@ -20,7 +20,8 @@ _VIEWS = {
 }
 # of a training with a teacher, what changes no number, or is said in a sentence
 _UNSAID = {"teacher_cache_dir", "teacher_dtype", "distillation_warmup_type", "method", "task_loss_weight"}
-_UNSAID |= {"student_layers", "teacher_layers", "teacher_view", "teacher_logits_view"}
+_UNSAID |= {"student_layers", "teacher_layers", "teacher_view", "teacher_logits_view", "teacher_models"}
+_OF_TEACHER = {"teacher_model", "teacher_revision", "teacher_image_size", "teacher_control"}
 
 
 def named(name: str, revision: str | None = None, kind: str = "") -> Markdown:
@@ -44,10 +45,11 @@ def pinned(name: str, revision: str | None, kind: str = "") -> Markdown:
     return named(name, revision, kind) + at
 
 
-def method(run: RunFiles) -> Markdown:
-    """What a run with a teacher learned by, in a few words."""
-    phrases = [Markdown(phrase).format(**run.keys) for m in run.methods if (phrase := m.phrase()) is not None]
-    if losses := [Markdown(m.label) for m in run.methods if m.phrase() is None]:
+def method(taught: Taught) -> Markdown:
+    """What was learned by from a teacher, in a few words."""
+    methods = taught.methods
+    phrases = [Markdown(phrase).format(**taught.keys) for m in methods if (phrase := m.phrase()) is not None]
+    if losses := [Markdown(m.label) for m in methods if m.phrase() is None]:
         text = Markdown(("a {} loss" if len(losses) == 1 else "{} losses") + " between layers")
         phrases.append(text.format(Markdown(" + ").join(losses)))
     return Markdown(" and ").join(phrases)
@@ -58,16 +60,18 @@ def _loss(run: RunFiles) -> Markdown:
     keys = run.keys
     label = "cross-entropy on the labels (weight {weight:g}"
     label += ", smoothing {label_smoothing_factor:g})" if keys["label_smoothing_factor"] else ")"
-    parts = [label]
-    parts += [m.describe() for m in run.methods]
-    return Markdown(" + ").join(Markdown(part).format(**keys, weight=label_weight(run)) for part in parts)
+    parts = [Markdown(label).format(**keys, weight=label_weight(run))]
+    for taught in run.taught:
+        whose = "" if taught.number is None else f" of teacher {taught.number}"
+        parts += [Markdown(m.describe()).format(**taught.keys) + Markdown(whose) for m in taught.methods]
+    return Markdown(" + ").join(parts)
 
 
-def _layers(run: RunFiles) -> Markdown:
+def _layers(taught: Taught) -> Markdown:
     """Which layers were compared; empty where none were."""
-    if not any(m.needs.layers or m.needs.final for m in run.methods):
+    if not any(m.needs.layers or m.needs.final for m in taught.methods):
         return EMPTY
-    students, teachers = run.keys["student_layers"], run.keys["teacher_layers"] or run.keys["student_layers"]
+    students, teachers = taught.keys["student_layers"], taught.keys["teacher_layers"] or taught.keys["student_layers"]
     pairs = [Markdown("{} with {}").format(*pair) for pair in zip(students, teachers, strict=True)]
     return Markdown(", ").join(pairs) + Markdown(" (student's with teacher's, from 0)")
 
@@ -76,12 +80,15 @@ def label_weight(run: RunFiles) -> float:
     """Weight of the cross-entropy on the labels."""
     if run.teacher is None:
         return 1.0
-    return run.keys["task_loss_weight"] * (1 - (run.keys["alpha"] or 0.0))
+    shares = [taught.keys["alpha"] or 0.0 for taught in run.taught]
+    return run.keys["task_loss_weight"] * max(0.0, 1 - sum(shares))
 
 
 def flaws(run: RunFiles) -> list[Markdown]:
     """The flaws of the published study that a key of the run repeats."""
-    found = [flaw for arguments in run.argument_classes for flaw in flaws_among(arguments, run.keys)]
+    each = [taught.keys for taught in run.taught] or [run.keys]
+    found = [flaw for arguments in run.argument_classes for keys in each for flaw in flaws_among(arguments, keys)]
+    found = list(dict.fromkeys(found))
     return [Markdown("{}: ").format(f"{name}={value}") + Markdown(reason) for name, value, reason in found]
 
 
@@ -91,15 +98,20 @@ def training_rows(run: RunFiles) -> list[tuple[str, Markdown]]:
     titles = {"train": "training", "validation": "validation", "test": "test"}
     sizes = [Markdown(f"{{:,}} {title}").format(n) for split, title in titles.items() if (n := run.dataset[split])]
     data = pinned(run.dataset["name"], run.dataset["revision"], "datasets/")
-    teacher = run.teacher
+    several = len(run.taught) > 1
     rows = {
         "recipe": run.recipe["recipe"] and Markdown("{}").format(run.recipe["recipe"].removeprefix(LOCAL_PREFIX)),
         "data": data + Markdown(": ") + Markdown(", ").join(sizes) + Markdown(" images"),
-        "teacher": teacher and pinned(teacher["name"], teacher["revision"]) + _teacher_view(run),
+        **{
+            taught.of("teacher").replace("_", " "): pinned(taught.teacher["name"], taught.teacher["revision"])
+            + _teacher_view(run, taught)
+            for taught in run.taught
+        },
         "starting weights": keys["model_name_or_path"] and pinned(keys["model_name_or_path"], keys["model_revision"]),
         "loss": _loss(run),
-        "layers compared": _layers(run),
-        "other settings of the loss": teacher and _changed(run, run.training_class, SupervisedTrainingArguments),
+        **{taught.of("layers compared").replace("_", " of teacher "): _layers(taught) for taught in run.taught},
+        "other settings of the loss": run.teacher and _changed(run, run.training_class, SupervisedTrainingArguments),
+        **{f"those of teacher {taught.number}": _own_settings(run, taught) for taught in run.taught if several},
         "length": _length(run),
         "batch": _batch(run),
         "optimizer": _optimizer(keys),
@@ -120,25 +132,32 @@ def training_rows(run: RunFiles) -> list[tuple[str, Markdown]]:
     return [(Markdown(title), text) for title, text in rows.items() if text]
 
 
-def _teacher_view(run: RunFiles) -> Markdown:
+def _teacher_view(run: RunFiles, taught: Taught) -> Markdown:
     """What the teacher was, and what it saw."""
-    keys, size = run.keys, run.keys["teacher_image_size"]
+    keys, size = taught.keys, taught.keys["teacher_image_size"]
     views = {}
-    if any(m.needs.layers or m.needs.final for m in run.methods):
+    if any(m.needs.layers or m.needs.final for m in taught.methods):
         views["features"] = _VIEWS[keys["teacher_view"]]
-    if any(m.needs.logits for m in run.methods):
+    if any(m.needs.logits for m in taught.methods):
         views["class scores"] = _VIEWS[keys["teacher_logits_view"]]
     if len(set(views.values())) > 1:
         views = {what: f"for its {what} {view}" for what, view in views.items()}
     parts = [Markdown(_CONTROLS[keys["teacher_control"]]), *map(Markdown, dict.fromkeys(views.values()))]
     if size is not None:
         parts.append(Markdown("at {0} x {0} px").format(size))
-    if views := (run.evaluation or {}).get("teacher_views"):
+    if views := (run.evaluation or {}).get(taught.of("teacher_views")):
         kept = "its scores kept by epoch and image, begun by the run {}"
         parts.append(Markdown(kept).format(called(views["begun_by"] or "of before")))
-    if run.teacher.get("crop_left_out"):
+    if taught.teacher.get("crop_left_out"):
         parts.append(Markdown("whole ones, without the crop of its image processor, as places are compared"))
     return Markdown("").join(Markdown(", ") + part for part in parts if part)
+
+
+def _own_settings(run: RunFiles, taught: Taught) -> Markdown:
+    """Keys of the loss that one of several teachers has for itself, and that are not in a sentence already."""
+    said = _UNSAID.union(*(m.said for m in METHODS)) | _OF_TEACHER
+    own = {name: value for name, value in taught.keys.items() if value != run.keys[name] and name not in said}
+    return Markdown(", ").join(Markdown("{}").format(f"{name}={value}") for name, value in own.items())
 
 
 def _changed(run: RunFiles, arguments: type, base: type = object) -> Markdown:

@@ -244,8 +244,9 @@ def load_teacher(
     Raises:
         ModelLoadError: If it cannot be found, reached or read, or weights are missing.
         TeacherMismatchError: If its classes do not fit.
-        ValueError: If the data set's statistics are asked for and not given.
+        ValueError: If no teacher is named, or the data set's statistics are asked for and not given.
     """
+    args.check_named()
     untrained = args.teacher_control == "untrained"
     loaded = load_pretrained(
         args.teacher_model,

@@ -40,12 +40,17 @@ def learned_from(recipe: dict[str, Any]) -> str:
     keys = recipe["keys"]
     if recipe["teacher"] is None:
         return "labels"
-    teacher = Path(recipe["teacher"]["name"]).name
+    known = {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(MethodKeys)}
+    several = [(record, keys_today(keys) | record["keys"]) for record in recipe.get("teachers", ())]
+    each = several or [(recipe["teacher"], keys_today(keys))]
+    return "; ".join(_learned_from(record["name"], known | own) for record, own in each)
+
+
+def _learned_from(name: str, keys: dict[str, Any]) -> str:
+    teacher = Path(name).name
     if (control := keys.get("teacher_control", "none")) != "none":
         teacher = f"{control} {teacher}"
-    known = {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(MethodKeys)}
-    methods = methods_of(SimpleNamespace(**known | keys_today(keys)))
-    return f"{teacher}: {' + '.join(method.summary() for method in methods)}"
+    return f"{teacher}: {' + '.join(method.summary() for method in methods_of(SimpleNamespace(**keys)))}"
 
 
 def results_table(folders: Sequence[Path]) -> str:
@@ -70,7 +75,7 @@ def results_table(folders: Sequence[Path]) -> str:
 
 def _row(run: dict[str, Any]) -> tuple[str, ...]:
     keys, evaluation = run["recipe"]["keys"], run["evaluation"]
-    agreement = evaluation["test"].get("teacher_agreement")
+    agreements = [value for name, value in sorted(evaluation["test"].items()) if name.startswith("teacher_agreement")]
     batch = keys["per_device_train_batch_size"] * keys["gradient_accumulation_steps"]
     batch *= run["recipe"]["environment"]["num_processes"]
     epochs = evaluation["train_steps"] * batch / evaluation["num_train_images"]
@@ -82,6 +87,6 @@ def _row(run: dict[str, Any]) -> tuple[str, ...]:
         str(evaluation["seed"]),
         f"{100 * evaluation['validation']['accuracy']:.2f}",
         f"{100 * evaluation['test']['accuracy']:.2f}",
-        "" if agreement is None else f"{100 * agreement:.2f}",
+        " / ".join(f"{100 * agreement:.2f}" for agreement in agreements),
         f"{evaluation['train_seconds'] / 60:.1f}",
     )

@@ -20,8 +20,11 @@ from hf_ihb.config.fields import (
     key,
     type_hints,
 )
+from hf_ihb.config.model import TeacherArguments
+from hf_ihb.config.teachers import naming, teachers_of
 from hf_ihb.config.training import refuse_several_gpus, refuse_unhonoured
 from hf_ihb.methods import METHODS, Method, SharedKeys, methods_of
+from hf_ihb.methods.teachers import TeachersArguments
 
 
 @dataclass
@@ -159,10 +162,11 @@ MethodKeys.__doc__ = """The keys of every method of `METHODS`, and those that se
 
 
 @dataclass
-class DistillationTrainingArguments(MethodKeys, SupervisedTrainingArguments):
-    """Learning from a teacher by any set of methods.
+class DistillationTrainingArguments(MethodKeys, TeachersArguments, SupervisedTrainingArguments):
+    """Learning from a teacher, or several, by any set of methods.
 
-    ``loss = task_loss_weight * ((1 - alpha) * CE + alpha * KD) + sum of weight * schedule * method``
+    ``loss = task_loss_weight * ((1 - alpha) * CE + alpha * KD) + sum of weight * schedule * method``; of several
+    teachers alpha is the sum of theirs, and each adds its own terms.
     """
 
     _argument_group_name = "training with a teacher"
@@ -207,6 +211,9 @@ class DistillationTrainingArguments(MethodKeys, SupervisedTrainingArguments):
         if self.alpha is None:
             self.alpha = 0.5 if self.method == "logits" else 0.0
         on = methods_of(self)  # each refuses what contradicts among its keys, those that are off as well
+        self.check_teachers(on)
+        if self.teacher_models is not None:
+            return  # what is derived from methods is derived for each
         if not on:
             weights = ", ".join(f"'{f.name}'" for f in fields(MethodKeys) if f.name.endswith("_weight"))
             raise ValueError(f"keys 'alpha', {weights}: expected one of them to be > 0, found 0")
@@ -263,16 +270,29 @@ class DistillationTrainingArguments(MethodKeys, SupervisedTrainingArguments):
                 "expected teacher_cache 'tokens'"
             )
 
+    def _settle(self) -> None:
+        super()._settle()
+        self.check_shares()
+
     def check_with(self, others: Iterable[Any]) -> None:
         """Refuses what contradicts other arguments of the run.
 
         Raises:
-            ValueError: If the teacher would score a clean image where the student sees two mixed ones, or if no image
-                is left whose tokens have a counterpart at the teacher's.
+            ValueError: If no teacher is named, or one twice; if a teacher would score a clean image where the student
+                sees two mixed ones, or no image is left whose tokens have a counterpart at the teacher's.
         """
+        for teacher in (o for o in others if isinstance(o, TeacherArguments)):
+            teachers_of(teacher, self.teacher_models)
         mixing = next((o for o in others if isinstance(o, AugmentationArguments) and o.mixes), None)
         if mixing is None:
             return
+        if self.teacher_models is None:
+            return self._check_mixing(mixing)
+        for number, own in enumerate(self.of_each_teacher()):
+            with naming(number):
+                own._check_mixing(mixing)
+
+    def _check_mixing(self, mixing: AugmentationArguments) -> None:
         on = methods_of(self)
         if any(method.needs.logits for method in on) and self.teacher_logits_view == "clean":
             raise ValueError(

@@ -36,5 +36,6 @@ def check_metrics(trainer: Trainer) -> None:
 
 def _metrics_of_ours(trainer: Trainer) -> list[str]:
     heads = trainer.accelerator.unwrap_model(trainer.model).class_heads
-    agreement = ["teacher_agreement"] if getattr(trainer, "teacher_scores", None) is not None else []
+    scored = getattr(trainer, "lessons", ()) if getattr(trainer, "teacher_scores", None) is not None else ()
+    agreement = [lesson.named("teacher_agreement") for lesson in scored if lesson.teacher_scores is not None]
     return ["accuracy", *(f"{head}_accuracy" for head in heads), *agreement]

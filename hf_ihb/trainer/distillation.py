@@ -1,6 +1,6 @@
 """Learning from a frozen teacher by any set of methods."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,21 +9,18 @@ from torch.utils.data import DataLoader
 from transformers import DeiTForImageClassification, PreTrainedModel, TrainingArguments
 
 from hf_ihb.errors import RecipeError
-from hf_ihb.methods import SharedKeys, methods_of
-from hf_ihb.methods.base import Widths
+from hf_ihb.methods import Method
 from hf_ihb.models.classes import class_names
-from hf_ihb.models.correspondence import Correspondence, blocks_of_student, correspond
 from hf_ihb.models.module import StudentModule
-from hf_ihb.models.processing import pixel_format
 from hf_ihb.models.teacher import Teacher
 from hf_ihb.step import Step, StudentOutput
 from hf_ihb.trainer.arguments import DistillationTrainingArguments
 from hf_ihb.trainer.collectives import stack_over_processes, sum_over_processes
 from hf_ihb.trainer.label_loss import label_loss
-from hf_ihb.trainer.method_losses import method_losses
+from hf_ihb.trainer.lessons import Lesson, lessons_of, meet_student, take_arguments, teachers_from
 from hf_ihb.trainer.supervised import SupervisedTrainer
 from hf_ihb.trainer.teacher_cache import TeacherCache
-from hf_ihb.trainer.teacher_scores import TeacherScores
+from hf_ihb.trainer.teacher_dropping import kept_teachers
 from hf_ihb.trainer.teacher_side import TeacherSide
 from hf_ihb.trainer.view_cache import ViewCache
 from hf_ihb.trainer.weighing import LossWeights
@@ -51,6 +48,10 @@ class DistillationTrainer(SupervisedTrainer):
     student-side one, which is never part of the saved student; not with ``distilled_heads='both'``, where its one head
     gets both.
 
+    With several teachers (`teacher_models`) each has its methods, layers, view and cache, as it would alone; the
+    student looks at the layers of all in one forward. What is logged of one ends in its number, from 1. ``alpha``
+    above is the sum of theirs. `teacher`, `teacher_side`, `teacher_scores` and `teacher_cache` are of the first.
+
     A teacher whose `control` is ``shuffled`` sees the next image of the per-device batch in training: pairs are lost,
     the distribution of what it says stays. In evaluation, and where statistics are taken, it sees its own.
 
@@ -58,10 +59,11 @@ class DistillationTrainer(SupervisedTrainer):
         model: An image classifier of transformers.
         args: `DistillationTrainingArguments`.
         *positional: Further arguments of `SupervisedTrainer`.
-        teacher_model: A `Teacher`, or a model of transformers, which is frozen in place.
-        teacher_processor: The image processor of a `teacher_model` that is not a `Teacher`; needed for stored images.
-            Where features are learned from, whole images are brought to the size it makes; its own steps, crops among
-            them, are followed where class scores alone are.
+        teacher_model: A `Teacher`, or a model of transformers, which is frozen in place; or a list of them, one for
+            each entry of `teacher_models`.
+        teacher_processor: The image processor of a `teacher_model` that is not a `Teacher`, or a list of one for each;
+            needed for stored images. Where features are learned from, whole images are brought to the size it makes;
+            its own steps, crops among them, are followed where class scores alone are.
         **kwargs: Further arguments of `SupervisedTrainer`. A batch of the user's own must bring
             ``teacher_pixel_values`` where the teacher's image processor is known and is not the student's; otherwise
             the teacher sees its ``pixel_values``.
@@ -74,14 +76,13 @@ class DistillationTrainer(SupervisedTrainer):
         model: PreTrainedModel | None = None,
         args: TrainingArguments | None = None,
         *positional: Any,
-        teacher_model: Teacher | PreTrainedModel,
+        teacher_model: Teacher | PreTrainedModel | Sequence[Teacher | PreTrainedModel],
         teacher_processor: Any = None,
         **kwargs: Any,
     ) -> None:
-        ready = isinstance(teacher_model, Teacher)
-        pixels = None if teacher_processor is None else pixel_format(teacher_processor)
-        self.teacher = teacher_model if ready else Teacher(teacher_model, pixels)
-        if self.teacher.control == "shuffled" and args.per_device_train_batch_size < 2:
+        given = list(teacher_model) if isinstance(teacher_model, Sequence) else [teacher_model]
+        self.teachers, self.teacher_accuracies = teachers_from(given, teacher_processor), {}
+        if any(t.control == "shuffled" for t in self.teachers) and args.per_device_train_batch_size < 2:
             raise RecipeError(
                 "keys 'teacher_control' and 'per_device_train_batch_size' contradict: one image has no next"
             )
@@ -89,93 +90,62 @@ class DistillationTrainer(SupervisedTrainer):
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(self.args.teacher_dtype)
         if self.args.teacher_dtype == "auto" and self.accelerator.mixed_precision == "bf16":
             dtype = torch.bfloat16
-        self.teacher.to(self.args.device, dtype)
-        if self.needs_logits and not ready:
-            self.teacher.align_labels(class_names(self.student.config))
+        for lesson, own in zip(self.lessons, given, strict=True):
+            lesson.teacher.to(self.args.device, dtype)
+            if lesson.needs_logits and not isinstance(own, Teacher):
+                lesson.teacher.align_labels(class_names(self.student.config))
+
+    @property
+    def teacher(self) -> Teacher:
+        """The teacher; the first of several."""
+        return self.teachers[0]
+
+    @property
+    def methods(self) -> list[Method]:
+        """What is learned by, from whichever teacher."""
+        return [method for lesson in self.lessons for method in lesson.methods]
 
     @property
     def needs_logits(self) -> bool:
-        """Whether the teacher's class scores are learned from."""
-        return any(method.needs.logits for method in self.methods)
+        """Whether a teacher's class scores are learned from."""
+        return any(lesson.needs_logits for lesson in self.lessons)
+
+    @property
+    def teacher_side(self) -> TeacherSide:
+        """What the teacher, the first of several, says of a batch."""
+        return self.lessons[0].teacher_side
 
     @property
     def teacher_cache(self) -> TeacherCache | None:
-        """What is read in the place of the teacher, once it is open."""
+        """What is read in the place of the teacher, the first of several, once it is open."""
         return self.teacher_side.cache
 
     @property
     def teacher_views(self) -> ViewCache | None:
-        """What is read in the place of the teacher where it sees augmented images, once it is open."""
+        """What is read in the place of the teacher, the first of several, where it sees augmented images."""
         return self.teacher_side.views.cache
 
     def _module(
         self, student: PreTrainedModel, args: TrainingArguments, first_batch: Callable[[], dict[str, Any]]
     ) -> StudentModule:
         super()._module(student, args, first_batch)
-        self.methods = methods_of(args)
-        layers = self._correspond(student, args, first_batch)
-        self.teacher_side = TeacherSide(self, args, self.methods, layers)
-        self.teacher_scores = TeacherScores(self) if self.needs_logits else None
-        self._losses, self.loss_weights = method_losses(self.methods, args), LossWeights(self.methods, args)
+        self.lessons = lessons_of(self, self.teachers, args)
+        layers = meet_student(self.lessons, student, first_batch, args)
+        self.teacher_scores = next((x.teacher_scores for x in self.lessons if x.needs_logits), None)
+        self.loss_weights = LossWeights({x.named(m.name): m for x in self.lessons for m in x.methods}, args)
         head = self._distillation_head(student, args)
-        student_layers, widths = self._student_side(layers, student, args, first_batch)
-        heads = {} if widths is None else self._heads(widths._replace(classes=student.config.num_labels), args.seed)
-        final_layer = None if layers is None else layers.final_layer
+        classes = student.config.num_labels
+        heads = {name: part for lesson in self.lessons for name, part in lesson.heads(classes, args.seed).items()}
+        finals = [x.layers.final_layer for x in self.lessons if x.layers is not None and x.layers.has_final]
         self._has_heads, attention = bool(heads), any(method.needs.attention for method in self.methods)
         return StudentModule(
             student,
-            student_layers,
+            layers,
             heads,
-            final_layer if head is None else student.config.num_hidden_layers - 1,
+            (finals[0] if finals else None) if head is None else student.config.num_hidden_layers - 1,
             head,
             attention=attention,
         )
-
-    def _correspond(
-        self, student: PreTrainedModel, args: TrainingArguments, first_batch: Callable[[], dict[str, Any]]
-    ) -> Correspondence | None:
-        """How the layers of both models fit; None where no method learns from features."""
-        needs = [method.needs for method in self.methods]
-        if not any(need.layers or need.final for need in needs):
-            return None
-        batch = _on_device_of(student, first_batch())
-        pixels = batch["pixel_values"]
-        other = batch.get("teacher_pixel_values", pixels)
-        return correspond(
-            student,
-            self.teacher,
-            SharedKeys.of(args),
-            self.batches.whole_images(pixels),
-            self.teacher.prepare(other, whole=True) if other.dtype == torch.uint8 else other,
-            final=any(need.final for need in needs),
-            several_tokens=args.cka_scope == "tokens" and any(need.layers for need in needs),
-            attention=any(need.teacher_attention for need in needs),
-        )
-
-    def _student_side(
-        self,
-        layers: Correspondence | None,
-        student: PreTrainedModel,
-        args: TrainingArguments,
-        first_batch: Callable[[], dict[str, Any]],
-    ) -> tuple[tuple[int, ...], Widths | None]:
-        """Blocks of the student whose tokens are asked for, and what heads are made for; None where there are none."""
-        if layers is not None:
-            return layers.student_layers, layers.widths
-        if not any(method.needs.exits for method in self.methods):
-            return (), None
-        pixels = self.batches.whole_images(_on_device_of(student, first_batch())["pixel_values"])
-        return blocks_of_student(student, pixels, args.student_layers)
-
-    def _heads(self, widths: Widths, seed: int) -> dict[str, nn.Module]:
-        heads = {}
-        for method in self.methods:
-            # a stream of its own: the student's initialisation must not depend on the losses that are on
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                if (head := method.head(widths)) is not None:
-                    heads[method.name] = head
-        return heads
 
     def _distillation_head(self, student: PreTrainedModel, args: TrainingArguments) -> nn.Module | None:
         """The classifier on the distillation token of a student that has none on it."""
@@ -194,14 +164,10 @@ class DistillationTrainer(SupervisedTrainer):
 
     def _fit_to_arguments(self) -> None:
         super()._fit_to_arguments()
-        if self.model_init is None and self.methods != methods_of(self.args):
-            raise RecipeError(
-                "arguments of the trainer: expected the methods it was made with, found others; make another trainer, "
-                "or give it a 'model_init' in the place of a model"
-            )
+        take_arguments(self.lessons, self.args, may_change=self.model_init is not None)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """`Trainer`'s, after the teacher was scored and `prepare_teacher`, with the model of this training in place.
+        """`Trainer`'s, after each teacher was scored and `prepare_teacher`, with the model of this training in place.
 
         Raises:
             TeacherMismatchError: If class scores are learned from and the teacher's accuracy is at chance.
@@ -212,17 +178,19 @@ class DistillationTrainer(SupervisedTrainer):
         try:
             return super()._inner_training_loop(*args, **kwargs)
         finally:
-            self.teacher_side.views.close()
+            for lesson in self.lessons:
+                lesson.teacher_side.views.close()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.teacher_side.views.flush()
+        for lesson in self.lessons:
+            lesson.teacher_side.views.flush()
         super()._save_checkpoint(model, trial)
 
     def _begin_training(self, train_dataloader: DataLoader | None = None) -> None:
         super()._begin_training(train_dataloader)
-        logged = any("teacher_accuracy" in entry for entry in self.state.log_history)
-        if self.teacher_scores is not None and not logged:
-            self.log({"teacher_accuracy": self.teacher_accuracy})
+        logged = any(name in entry for entry in self.state.log_history for name in self.teacher_accuracies)
+        if self.teacher_accuracies and not logged:
+            self.log(dict(self.teacher_accuracies))
 
     def prepare_teacher(self) -> None:
         """Opens or builds the teacher's cache and takes its statistics, as the arguments ask.
@@ -233,49 +201,80 @@ class DistillationTrainer(SupervisedTrainer):
             RecipeError: If a cache is asked for that cannot serve this training.
             CacheError: If it cannot be written, or does not hold what the teacher says.
         """
-        self.teacher_side.open()
+        for lesson in self.lessons:
+            if lesson.number is not None and self.is_world_process_zero():
+                print(lesson.introduction, flush=True)
+            lesson.teacher_side.open()
 
     def score_teacher(self) -> float:
-        """Accuracy of the teacher on the evaluation set.
+        """Accuracy on the evaluation set of the teacher whose class scores are learned from, the first of several.
 
         Raises:
-            TeacherMismatchError: If it is not above chance by three standard errors and not the untrained control.
+            TeacherMismatchError: If one is not above chance by three standard errors and not the untrained control.
         """
-        return self.teacher_scores.accuracy()
+        scored = [lesson for lesson in self.lessons if lesson.teacher_scores is not None]
+        self.teacher_accuracies = {x.named("teacher_accuracy"): x.teacher_scores.accuracy() for x in scored}
+        return next(iter(self.teacher_accuracies.values()))
 
     def prepare(self, inputs: dict[str, Any], train: bool) -> Step:
-        """Everything a step needs beside the student: what the teacher says, too, where it is learned from."""
+        """Everything a step needs beside the student: what each teacher says, too; first what the first one says."""
         step = super().prepare(inputs, train)
-        if train:
-            step.teacher = self.teacher_side.outputs(step, shuffled=self.teacher.control == "shuffled")
-            compares_places = self.teacher_side.layers is not None and self.args.teacher_view != "identical"
-            if step.views is not None and compares_places:
-                step.unmixed = step.views.unmixed
-            if self.args.world_size > 1:
-                step.reduce, step.gather = sum_over_processes, stack_over_processes
-        return step
+        if not train:
+            return step
+        if self.args.world_size > 1:
+            step.reduce, step.gather = sum_over_processes, stack_over_processes
+        first, *others = [lesson.prepared(step) for lesson in self.lessons]
+        first.of_teachers = (first, *others)
+        return first
 
     def model_inputs(self, step: Step) -> dict[str, Any]:
         """What the heads of methods compare with, and the images of a second forward."""
         if step.teacher is None:
             return {}
-        inputs: dict[str, Any] = {"teacher": step.teacher} if self._has_heads else {}
-        if masked := {m.name: m.masked_pixels(step) for m in self.methods if m.needs.masked}:
+        inputs: dict[str, Any] = {}
+        if self._has_heads:
+            said = tuple(own.teacher for own in step.of_teachers)
+            inputs["teacher"] = said if len(said) > 1 else step.teacher
+        pairs = [(x.named(m.name), m, own) for x, own in self._taught(step) for m in x.methods if m.needs.masked]
+        if masked := {name: method.masked_pixels(own) for name, method, own in pairs}:
             inputs["masked_pixel_values"] = masked
         return inputs
+
+    def _taught(self, step: Step) -> list[tuple[Lesson, Step]]:
+        """Each lesson with the step as it sees it."""
+        return list(zip(self.lessons, step.of_teachers or (step,), strict=True))
 
     def training_losses(self, outputs: StudentOutput, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch, a scalar, and unweighted scalars to log."""
         task = label_loss(self, self._taught_heads(outputs), outputs, step)
-        losses, components = self._losses(outputs, step), {"task_loss": task}
-        if step.unmixed is not None and self.augmentation.mixes:
-            components["compared_images"] = step.unmixed.mean()  # the share that feature losses are of
-        for method in self.methods:
-            value, beside = losses[method.name]
-            components |= beside | {f"{method.name}_loss": value}
-        values = {"task": task} | {method.name: losses[method.name][0] for method in self.methods}
-        loss, weights = self.loss_weights.total(values, self.loss_weights.scheduled(self.epoch, self.num_epochs))
-        return loss, components | weights
+        values, components = {"task": task}, {"task_loss": task}
+        for lesson, own in self._taught(step):
+            losses = lesson.losses(outputs, own)
+            if own.unmixed is not None and self.augmentation.mixes:
+                components[lesson.named("compared_images")] = own.unmixed.mean()  # the share that feature losses are of
+            for method in lesson.methods:
+                values[lesson.named(method.name)], beside = losses[method.name]
+                found = beside | {f"{method.name}_loss": losses[method.name][0]}
+                components |= {lesson.named(name): part for name, part in found.items()}
+        weights: dict[str, Any] = self.loss_weights.scheduled(self.epoch, self.num_epochs)
+        if self.args.teacher_dropping > 0:
+            weights = self._dropped(values, weights, components)
+        loss, logged = self.loss_weights.total(values, weights)
+        return loss, components | logged
+
+    def _dropped(
+        self, values: dict[str, Tensor], weights: dict[str, Any], components: dict[str, Tensor]
+    ) -> dict[str, Any]:
+        """Weights, those of teachers that this step leaves out times 0; logs who was kept."""
+        names = [[lesson.named(method.name) for method in lesson.methods] for lesson in self.lessons]
+        losses = torch.stack([sum(weights[n] * values[n].detach().float() for n in own) for own in names])
+        if self.args.world_size > 1:
+            losses = sum_over_processes(losses)
+        kept = kept_teachers(losses, self.args.teacher_dropping, self.args.seed, self.state.global_step)
+        components.update({x.named("teacher_kept"): share for x, share in zip(self.lessons, kept, strict=True)})
+        of_methods = {n: share * weights[n] for own, share in zip(names, kept, strict=True) for n in own}
+        # what shares the labels' weight takes it from them, whichever teacher it is of
+        return {"task": self.loss_weights.of_labels(of_methods)} | of_methods
 
     def _taught_heads(self, outputs: StudentOutput) -> tuple[Any, ...]:
         """Logits of the heads that the labels teach."""
@@ -293,8 +292,8 @@ class DistillationTrainer(SupervisedTrainer):
         names = StudentOutput(None, "cls", "distillation", module.inference_heads)  # in the place of their logits
         if module.class_heads and weights["task"] > 0:
             moved |= set(self._taught_heads(names)) if self.compute_loss_func is None else set(module.class_heads)
-        for method in self.methods:
-            if method.needs.logits and weights[method.name] > 0:
+        for name, method in self.loss_weights.methods.items():
+            if method.needs.logits and weights[name] > 0:
                 moved |= set(names.distilled(self.args.distilled_heads))
         return moved
 
@@ -303,10 +302,9 @@ class DistillationTrainer(SupervisedTrainer):
         scores = super().evaluation_outputs(outputs, step)
         if self.teacher_scores is None:
             return scores
-        agreement = (outputs.logits.argmax(-1) == self.teacher_scores.decisions(step.inputs)).float()
-        return scores | {"teacher_agreement": agreement}
-
-
-def _on_device_of(student: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
-    device = next(student.parameters()).device
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        for lesson in self.lessons:
+            if lesson.teacher_scores is not None:
+                decisions = lesson.teacher_scores.decisions(step.inputs)
+                agreement = (outputs.logits.argmax(-1) == decisions).float()
+                scores[lesson.named("teacher_agreement")] = agreement
+        return scores

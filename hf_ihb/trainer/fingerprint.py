@@ -13,6 +13,7 @@ from hf_ihb.config.run import RunArguments
 from hf_ihb.data import StoredSplit
 from hf_ihb.errors import CheckpointError
 from hf_ihb.models.pretrained import weights_digest
+from hf_ihb.models.teacher import Teacher
 
 # Keys that say where things are, what is shown, saved, evaluated or pushed, and how fast it goes.
 _FREE_STARTS = (
@@ -62,10 +63,19 @@ def fingerprint(trainer: Trainer, settings: Sequence[Any]) -> dict[str, Any]:
     if isinstance(images, StoredSplit):
         found["train_images"] = images.fingerprint()[:16]
     found["architecture"] = _structure(trainer.accelerator.unwrap_model(trainer.model))
-    if (teacher := getattr(trainer, "teacher", None)) is not None:
-        pixels = json.dumps(None if teacher.pixels is None else teacher.pixels.description(), sort_keys=True)
-        found["teacher"] = f"{weights_digest(teacher.model)[:16]} {teacher.control} {_hash(pixels)}"
+    if len(teachers := getattr(trainer, "teachers", ())) > 1:
+        found["teachers"] = [_teacher(teacher) for teacher in teachers]
+    elif teachers:
+        found["teacher"] = _teacher(teachers[0])
+    if found.get("teacher_models") is not None:  # names and places are free there as well
+        found["teacher_models"] = [{k: v for k, v in e.items() if not is_free(k)} for e in found["teacher_models"]]
     return found
+
+
+def _teacher(teacher: Teacher) -> str:
+    """What a teacher says depends on this."""
+    pixels = json.dumps(None if teacher.pixels is None else teacher.pixels.description(), sort_keys=True)
+    return f"{weights_digest(teacher.model)[:16]} {teacher.control} {_hash(pixels)}"
 
 
 def is_free(name: str) -> bool:

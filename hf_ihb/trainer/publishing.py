@@ -14,8 +14,10 @@ from transformers.utils import logging
 
 from hf_ihb.config.names import LOCAL_PREFIX
 from hf_ihb.config.secrets import is_token_key
+from hf_ihb.config.teachers import TEACHER_KEYS
 from hf_ihb.errors import HfIhbError, HubPushError
 from hf_ihb.hub import again, push_staged, run_card, stage_run
+from hf_ihb.methods.teachers import OF_EACH_TEACHER
 from hf_ihb.models.classes import class_names
 from hf_ihb.runs.environment import environment
 from hf_ihb.runs.files import write_json
@@ -43,19 +45,35 @@ def resolved_recipe(
     for instance in arguments:
         own = instance.to_dict() if isinstance(instance, TrainingArguments) else vars(instance)
         keys |= {f.name: own.get(f.name) for f in fields(instance) if not is_token_key(f.name)}
-    teacher = getattr(trainer, "teacher", None)
-    if teacher is not None:
-        about = {"name": teacher.name, "revision": teacher.revision}
-        teacher = about | {"crop_left_out": True} if trainer.teacher_side.leaves_crop_out else about
+    taught = [_teacher_record(lesson) for lesson in getattr(trainer, "lessons", ())]
+    several = {"teachers": [x | y for x, y in zip(taught, _own_keys(trainer, keys), strict=True)]}
     return {
         "recipe": None if recipe is None else str(recipe),
         "keys": keys,
         "dataset": dataset,
-        "teacher": teacher,
+        "teacher": taught[0] if taught else None,
+        **(several if len(taught) > 1 else {}),
         "environment": environment(
             trainer.args.device, num_processes=trainer.args.world_size, mixed_precision=trainer.args.mixed_precision
         ),
     }
+
+
+def _teacher_record(lesson: Any) -> dict[str, Any]:
+    """What a teacher's name resolved to, and what of its image processor was left out."""
+    about = {"name": lesson.teacher.name, "revision": lesson.teacher.revision}
+    return about | {"crop_left_out": True} if lesson.teacher_side.leaves_crop_out else about
+
+
+def _own_keys(trainer: Trainer, keys: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For each of several teachers, under ``keys``, those whose values as resolved are not the run's."""
+    found = []
+    for lesson in getattr(trainer, "lessons", ()):
+        entry = {} if lesson.number is None else trainer.args.teacher_models[lesson.number - 1]
+        of_teacher = {name: value for name, value in entry.items() if name in TEACHER_KEYS}
+        resolved = of_teacher | {name: getattr(lesson.args, name) for name in OF_EACH_TEACHER}
+        found.append({"keys": {name: resolved[name] for name in sorted(resolved) if resolved[name] != keys.get(name)}})
+    return found
 
 
 class Publishing:

@@ -1,6 +1,7 @@
 """What each loss of a run weighs in a step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,22 +16,28 @@ class LossWeights:
     """Weights of the labels' loss, ``task``, and of each method's by its name.
 
     Args:
-        methods: That are learned by.
+        methods: That are learned by, by the names of their losses.
         args: Of the training; read when it is asked.
     """
 
-    def __init__(self, methods: Sequence[Method], args: TrainingArguments) -> None:
-        self.methods, self.args = methods, args
+    def __init__(self, methods: Mapping[str, Method], args: TrainingArguments) -> None:
+        self.methods, self.args = dict(methods), args
 
     def scheduled(self, epoch: float, num_epochs: float) -> dict[str, float]:
         """By their schedules, at a (fractional) epoch of a training of some length."""
-        weights = {method.name: method.weight(epoch, num_epochs) for method in self.methods}
-        shared = sum(weights[method.name] for method in self.methods if method.shares_task)
         task = self.args.task_loss_weight
-        of_methods = {m.name: weights[m.name] * (task if m.shares_task else 1) for m in self.methods}
-        return {"task": task * (1 - shared)} | of_methods
+        weights = {
+            name: method.weight(epoch, num_epochs) * (task if method.shares_task else 1)
+            for name, method in self.methods.items()
+        }
+        return {"task": self.of_labels(weights)} | weights
 
-    def total(self, losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+    def of_labels(self, weights: Mapping[str, Any]) -> Any:
+        """What is left to the labels' loss of their weight by the methods that share it."""
+        shared = [weights[name] for name, method in self.methods.items() if method.shares_task]
+        return self.args.task_loss_weight - sum(shared)
+
+    def total(self, losses: Mapping[str, Tensor], weights: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of losses, scalars, by their scheduled weights and by their shares, where those are asked for.
 
         Returns:
@@ -38,7 +45,9 @@ class LossWeights:
         """
         args, applied = self.args, dict(weights)
         if args.uncertainty_weighting is not None:
-            weighed = {name: loss for name, loss in losses.items() if weights[name] > 0}
+            # a weight on the device is not asked for: nothing waits
+            on = {name for name, weight in weights.items() if isinstance(weight, Tensor) or weight > 0}
+            weighed = {name: loss for name, loss in losses.items() if name in on}
             shares = uncertainty_shares(weighed, args.uncertainty_weighting, self._mean)
             applied = {name: weight * shares.get(name, 0.0) for name, weight in weights.items()}
         # a zero weight multiplies, so that every parameter has a gradient

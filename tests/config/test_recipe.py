@@ -709,3 +709,31 @@ def test_layers_may_be_counted_from_the_last_one(tmp_path):
     assert SharedKeys(student_layers=["last"]).student_layers == [-1]
     with pytest.raises(RecipeError, match="key 'teacher_layers': expected int, found 'first'"):
         parse_recipe([str(path), "--teacher_layers", "first", "2"], SharedKeys)
+
+
+SEVERAL = [{"teacher_model": "a", "alpha": 0.5}, {"teacher_model": "b", "cka_weight": 1.0, "student_layers": ["last"]}]
+
+
+def test_several_teachers_come_from_the_recipe_or_as_json_from_the_command_line():
+    args = parse({"teacher_models": SEVERAL}, classes=DISTILL["structural"])[-1]
+    assert [own.alpha for own in args.of_each_teacher()] == [0.5, 0.0]
+    assert args.of_each_teacher()[1].student_layers == [-1]
+    words = [json.dumps(SEVERAL[0] | {"alpha": 0.3}), json.dumps(SEVERAL[1])]
+    args = parse({"teacher_models": SEVERAL}, "--teacher_models", *words, classes=DISTILL["structural"])[-1]
+    assert [own.alpha for own in args.of_each_teacher()] == [0.3, 0.0]
+
+
+@pytest.mark.parametrize(("recipe", "options", "line"), [
+    ({}, (), "key 'teacher_model': expected a Hub id or a folder, found nothing"),
+    ({"teacher_model": "c", "teacher_models": SEVERAL}, (), "keys 'teacher_model' and 'teacher_models' contradict"),
+    ({"teacher_models": [*SEVERAL, {"gram_weight": 1}]}, (), "entry 3: key 'teacher_model': expected a Hub id"),
+    ({"teacher_models": [{"teacher_modle": "a"}]}, (), "entry 1: key 'teacher_modle': unknown; did you mean 'teacher_"),
+    ({"teacher_models": "a"}, (), "key 'teacher_models': expected a list, each item an object, found \"a\""),
+    ({"teacher_models": SEVERAL}, ("--teacher_models", "a"), "key 'teacher_models': expected object, found 'a'"),
+    ({"teacher_models": SEVERAL}, ("--teacher_models", "[1]"), "key 'teacher_models': expected object, found '[1]'"),
+])  # fmt: skip
+def test_several_teachers_that_contradict_are_refused_in_one_line(recipe, options, line):
+    recipe = recipe or {"cka_weight": 1.0}
+    found = refusal(recipe, *options, classes=DISTILL["structural"])
+    assert line in found
+    assert "\n" not in found

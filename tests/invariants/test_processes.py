@@ -243,3 +243,20 @@ def test_a_student_folder_gives_the_same_logits_without_hf_ihb(architecture, lau
     for row, found in zip(expected.softmax(-1), scores, strict=True):
         by_name = {entry["label"]: entry["score"] for entry in found}
         torch.testing.assert_close(torch.tensor([by_name[name] for name in names]), row, rtol=0, atol=1e-4)
+
+
+def test_two_processes_learn_from_two_teachers_like_one(launch, teacher, tmp_path):
+    entries = [
+        {"teacher_model": teacher, "alpha": 0.5, "temperature": 2.0},
+        {"teacher_model": teacher, "cka_weight": 1.0, "token_weight": 0.5, "student_layers": [0, 1]},
+    ]
+    recipe = {**STUDENT, **AUGMENTED, "teacher_models": entries, "teacher_dropping": 0.7, "max_steps": 5}
+    recipe |= {"optim": "sgd", "learning_rate": 0.05, "teacher_cache_dir": str(tmp_path)}
+    one = launch("distill.py", {**recipe, "per_device_train_batch_size": 32})
+    two = launch("distill.py", {**recipe, "per_device_train_batch_size": 16}, processes=2)
+    assert (one.code, two.code) == (0, 0), one.stderr + two.stderr
+    for part in ("loss", "task_loss", "kd_loss_1", "cka_loss_2", "token_loss_2", "teacher_kept_1"):
+        assert two.logged(part) == pytest.approx(one.logged(part), abs=1e-5), part
+    assert 0 < sum(one.logged("teacher_kept_1")) < 5
+    for name, tensor in one.weights().items():
+        torch.testing.assert_close(two.weights()[name], tensor, rtol=0, atol=1e-5)

@@ -21,3 +21,12 @@ def test_a_run_is_named_by_its_teacher_its_control_and_its_losses(keys, expected
 
 def test_a_run_without_a_teacher_learned_from_labels():
     assert learned_from({"keys": {}, "teacher": None}) == "labels"
+
+
+def test_a_run_with_several_teachers_names_each_with_its_losses():
+    teachers = [
+        {"name": "outputs/cnn", "keys": {"alpha": 0.5}},
+        {"name": "org/vit", "keys": {"cka_weight": 1.0, "teacher_control": "shuffled"}},
+    ]
+    recipe = {"keys": {"method": None, "alpha": 0.0, **WEIGHTS}, "teacher": teachers[0], "teachers": teachers}
+    assert learned_from(recipe) == "cnn: soft logits; shuffled vit: cka"

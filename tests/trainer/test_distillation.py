@@ -231,7 +231,7 @@ class Curious(Method):
 
 
 def test_a_method_gets_attention_maps_with_gradients_a_masked_forward_and_exits(make_trainer, monkeypatch):
-    monkeypatch.setattr("hf_ihb.trainer.distillation.methods_of", lambda args: [Curious()])
+    monkeypatch.setattr("hf_ihb.trainer.lessons.methods_of", lambda args: [Curious()])
     trainer = make_trainer(cka_weight=1.0, task_loss_weight=0.0)
     assert not isinstance(trainer.model(torch.zeros(1, 3, 16, 16)), BaseModelOutput)
     _, found = gradients(trainer)
@@ -268,7 +268,7 @@ class Curiouser(Curious):
 
 
 def test_each_method_sees_its_own_masked_images(make_trainer, monkeypatch):
-    monkeypatch.setattr("hf_ihb.trainer.distillation.methods_of", lambda args: [Curiouser(), Curious()])
+    monkeypatch.setattr("hf_ihb.trainer.lessons.methods_of", lambda args: [Curiouser(), Curious()])
     trainer = make_trainer(cka_weight=1.0, max_steps=1, logging_steps=1)
     trainer.train()
     logged = next(entry for entry in trainer.state.log_history if "curious_loss" in entry)
