@@ -196,9 +196,16 @@ def test_every_recipe_trains_one_step_and_evaluates_what_it_saves(path, images, 
         overrides["teacher_model"] = str(local if local.exists() else weights / "cnn")
         if of_digits:  # the stand-in knows other classes and pixels
             overrides |= {"teacher_assume_same_label_order": "true", "teacher_control": "untrained"}
+    argv_of_teachers = []
+    if "teacher_models" in recipe:
+        places = [weights / entry["teacher_model"] for entry in recipe["teacher_models"]]
+        local = [str(place if place.exists() else weights / "cnn") for place in places]
+        entries = zip(recipe["teacher_models"], local, strict=True)
+        argv_of_teachers = ["--teacher_models", *(json.dumps(entry | {"teacher_model": x}) for entry, x in entries)]
     if "model_name_or_path" in recipe:
         overrides["model_name_or_path"] = str(weights / recipe["model_name_or_path"])
     argv = [script, str(path), *(str(word) for key, value in overrides.items() for word in (f"--{key}", value))]
+    argv += argv_of_teachers
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", argv)
     runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")

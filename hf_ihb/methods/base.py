@@ -80,6 +80,13 @@ class SharedKeys(Checked):
         1024, "Training images from which the teacher's feature statistics are taken.", within=Range(2), unit="images"
     )
 
+    teacher_standardization: Literal["none", "phi_s"] = key(
+        "none",
+        "Where standardised tokens are compared channel by channel: 'none': each channel has its own scale; 'phi_s': "
+        "PHI-S, a rotation after which all vary alike, and one scale. CKA and Gram are the same under both but for the "
+        "scale, and are left alone.",
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.teacher_layers is not None and len(self.teacher_layers) != len(self.student_layers):

@@ -235,6 +235,10 @@ def _references(run: RunFiles, analyses: list[AnalysisSection]) -> list[tuple[Ma
     stands_on = {number: text for mark, (text, number) in _MARKS.items() if mark in saved}
     for method in run.methods:
         stands_on |= {number: text for text, number in (*method.references, *method.shared.references)}
+    if run.keys.get("teacher_dropping"):
+        stands_on["2408.05088"] = "Teacher dropping: UNIC, Sariyildiz et al., 2024"
+    if any(taught.keys["teacher_standardization"] == "phi_s" for taught in run.taught):
+        stands_on["2410.01680"] = "PHI-S: Ranzinger et al., 2024"
     measured = (run.metrics or {}).get("teacher") or {}
     teachers = [taught.teacher["name"] for taught in run.taught]
     if teachers and "dinov2" in f"{teachers} {measured.get('class')}".lower():

@@ -14,7 +14,7 @@ from hf_ihb.methods.base import Widths
 from hf_ihb.models.correspondence import Correspondence, blocks_of_student, correspond
 from hf_ihb.models.processing import pixel_format
 from hf_ihb.models.teacher import Teacher
-from hf_ihb.step import Step, StudentOutput, TeacherOutputs
+from hf_ihb.step import Needs, Step, StudentOutput, TeacherOutputs
 from hf_ihb.trainer.method_losses import Losses, method_losses
 from hf_ihb.trainer.teacher_scores import TeacherScores
 from hf_ihb.trainer.teacher_side import TeacherSide
@@ -66,6 +66,15 @@ class Lesson:
         """A name of logs or heads, with the number of the teacher where there are several."""
         return name if self.number is None else f"{name}_{self.number}"
 
+    def _own(self, args: TrainingArguments) -> TrainingArguments:
+        """Of the arguments of a trainer that is being made, those that hold for this teacher."""
+        return args if self._args is None else self._args
+
+    @property
+    def needs(self) -> list[Needs]:
+        """What its methods ask of teacher and student."""
+        return [method.needs for method in self.methods]
+
     @property
     def introduction(self) -> str:
         """Which of several teachers it is, and what is learned from it."""
@@ -74,7 +83,7 @@ class Lesson:
     @property
     def needs_logits(self) -> bool:
         """Whether the teacher's class scores are learned from."""
-        return any(method.needs.logits for method in self.methods)
+        return any(need.logits for need in self.needs)
 
     # ---- Getting to know the student ----
 
@@ -87,7 +96,7 @@ class Lesson:
             RecipeError: If a layer of the student does not exist, or one of the teacher has a single token.
             TeacherMismatchError: If a layer of the teacher does not exist.
         """
-        args = args if self._args is None else self._args
+        args = self._own(args)
         self.methods = methods_of(args)
         self.layers = self._correspond(student, args, first_batch)
         self.student_layers, self._widths = self._student_side(student, args, first_batch)
@@ -100,8 +109,7 @@ class Lesson:
         self, student: PreTrainedModel, args: TrainingArguments, first_batch: Callable[[], dict[str, Any]]
     ) -> Correspondence | None:
         """How the layers of both models fit; None where no method learns from features."""
-        needs = [method.needs for method in self.methods]
-        if not any(need.layers or need.final for need in needs):
+        if not any(need.layers or need.final for need in self.needs):
             return None
         batch = _on_device_of(student, first_batch())
         pixels = batch["pixel_values"]
@@ -112,9 +120,9 @@ class Lesson:
             SharedKeys.of(args),
             self.trainer.batches.whole_images(pixels),
             self.teacher.prepare(other, whole=True) if other.dtype == torch.uint8 else other,
-            final=any(need.final for need in needs),
-            several_tokens=args.cka_scope == "tokens" and any(need.layers for need in needs),
-            attention=any(need.teacher_attention for need in needs),
+            final=any(need.final for need in self.needs),
+            several_tokens=args.cka_scope == "tokens" and any(need.layers for need in self.needs),
+            attention=any(need.teacher_attention for need in self.needs),
         )
 
     def _student_side(
@@ -238,6 +246,12 @@ def meet_student(
     for lesson in lessons:
         lesson.meet(
             student, args if lesson.number is None and args.teacher_models is None else lesson.args, first_batch
+        )
+    asked = [lesson for lesson in lessons if lesson._own(args).teacher_standardization == "phi_s"]
+    if asked and not any(need.preparation == "standardized" for x in asked for need in x.needs):
+        raise RecipeError(
+            "key 'teacher_standardization': expected 'none' where no method compares standardised tokens, such as the "
+            "token loss without 'teacher_projector', found 'phi_s'"
         )
     own = [lesson.student_layers for lesson in lessons if lesson.student_layers]
     union = own[0] if len(lessons) == 1 and own else tuple(sorted({layer for layers in own for layer in layers}))

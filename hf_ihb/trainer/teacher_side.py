@@ -24,6 +24,7 @@ from hf_ihb.step import Preparation, Step, TeacherOutputs, TeacherTokens, Views
 from hf_ihb.trainer.arguments import tokens_because
 from hf_ihb.trainer.cache_rows import Code, Kind, Layout
 from hf_ihb.trainer.compiling import compiled
+from hf_ihb.trainer.phi_s import measure_phi_s
 from hf_ihb.trainer.teacher_attention import TeacherAttention
 from hf_ihb.trainer.teacher_cache import TeacherCache, cache_root, describe_teacher
 from hf_ihb.trainer.teacher_views import TeacherViews
@@ -65,6 +66,7 @@ class TeacherSide:
         self.trainer, self.methods, self.layers = trainer, list(methods), layers
         self.cache: TeacherCache | None = None
         self.statistics: list[tuple[Tensor, Tensor]] | None = None
+        self.rotations: list[Tensor] | None = None
         needs = [method.needs for method in methods]
         self.asks_attention = any(need.teacher_attention for need in needs)
         self._attention = TeacherAttention(trainer.teacher, layers) if self.asks_attention else None
@@ -217,7 +219,12 @@ class TeacherSide:
         if preparation == "plain":
             return tokens
         mean, std = self.statistics[layer]
-        return tokens - mean if preparation == "centered" else standardize_tokens(tokens, mean, std)
+        if preparation == "centered":
+            return tokens - mean
+        if self.rotations is not None:
+            with torch.autocast(tokens.device.type, enabled=False):
+                return (tokens.float() - mean) @ self.rotations[layer]
+        return standardize_tokens(tokens, mean, std)
 
     # ---- Statistics ----
 
@@ -234,8 +241,16 @@ class TeacherSide:
         pairs = [(statistics[f"mean.{layer}"], statistics[f"std.{layer}"]) for layer in range(len(statistics) // 2)]
         if prepares:
             self.statistics = pairs[: len(self.layers.teacher_layers)]
+        if self.rotates:
+            images = spread(self.trainer.train_dataset, self.trainer.args.teacher_statistics_samples)
+            self.rotations = [matrix.to(self.trainer.args.device) for matrix in measure_phi_s(self, images)]
         if holds_tokens:
             cache.codes = [Code.of(*pair) for pair in pairs]
+
+    @property
+    def rotates(self) -> bool:
+        """Whether tokens are compared that PHI-S standardises."""
+        return self.trainer.args.teacher_standardization == "phi_s" and "standardized" in self._preparations
 
     @torch.no_grad()
     def measure_statistics(self) -> dict[str, Tensor]:

@@ -1,16 +1,25 @@
 import pytest
 import torch
-from transformers import TimmWrapperForImageClassification, ViTConfig, ViTForImageClassification, set_seed
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    TimmWrapperForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    set_seed,
+)
 
+from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.config.model import ModelArguments
 from hf_ihb.data import ImageSplit
-from hf_ihb.models.processing import pixel_format, student_processor
+from hf_ihb.models.processing import PixelFormat, pixel_format, student_processor
 from hf_ihb.models.student import build_student
 from hf_ihb.models.teacher import Teacher
-from hf_ihb.trainer import SupervisedTrainer
-from hf_ihb.trainer.arguments import SupervisedTrainingArguments
+from hf_ihb.trainer import DistillationTrainer, SupervisedTrainer
+from hf_ihb.trainer.arguments import DistillationTrainingArguments, SupervisedTrainingArguments
 
 LABELS = ["red", "green", "blue", "dark"]
+CROP = AugmentationArguments(random_crop_padding=2, horizontal_flip=0.5)
 MEAN, STD, SIZE = [0.5] * 3, [0.25] * 3, (16, 16)
 
 
@@ -107,5 +116,31 @@ def make_args(tmp_path):
             "seed": 3,
         }
         return arguments_class(**{**defaults, **overrides})
+
+    return make
+
+
+@pytest.fixture
+def make_vit():
+    def make(seed=5, side=16):
+        set_seed(seed)
+        config = Dinov2Config(
+            image_size=side, patch_size=4, hidden_size=24, num_hidden_layers=3, num_attention_heads=2,
+            intermediate_size=32,
+        )  # fmt: skip
+        return Teacher(Dinov2Model(config), PixelFormat((0.5,) * 3, (0.25,) * 3, (side, side)))
+
+    return make
+
+
+@pytest.fixture
+def make_several(make_student, make_args, train_split, eval_split, processor, tmp_path):
+    def make(teachers, student=None, augmentation=CROP, **keys):
+        keys = {"teacher_cache": "off", "teacher_cache_dir": str(tmp_path / "caches"), "max_steps": 2,
+                "teacher_statistics_samples": 64, "distilled_heads": "both"} | keys  # fmt: skip
+        return DistillationTrainer(
+            student or make_student(), make_args(DistillationTrainingArguments, **keys), train_dataset=train_split,
+            eval_dataset=eval_split, processing_class=processor, augmentation=augmentation, teacher_model=teachers,
+        )  # fmt: skip
 
     return make

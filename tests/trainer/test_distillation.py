@@ -296,7 +296,7 @@ class Exiting(Curious):
 
 def test_exits_of_the_student_ask_nothing_of_the_teachers_layers(make_trainer, monkeypatch):
     method = Exiting()
-    monkeypatch.setattr("hf_ihb.trainer.distillation.methods_of", lambda args: [method])
+    monkeypatch.setattr("hf_ihb.trainer.lessons.methods_of", lambda args: [method])
     monkeypatch.setattr("hf_ihb.models.teacher.Teacher.features", lambda *args: pytest.fail("features were asked for"))
     trainer = make_trainer(cka_weight=1.0, task_loss_weight=0.0, student_layers=[0, -1], max_steps=1)
     assert trainer.teacher_side.layers is None

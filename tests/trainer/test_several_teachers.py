@@ -7,61 +7,30 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import Dinov2Config, Dinov2Model, set_seed
 
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.config.model import TeacherArguments
 from hf_ihb.config.teachers import teachers_of
 from hf_ihb.errors import CheckpointError, RecipeError, TeacherMismatchError
-from hf_ihb.models.processing import PixelFormat
-from hf_ihb.models.teacher import Teacher
-from hf_ihb.trainer import DistillationTrainer
 from hf_ihb.trainer.arguments import DistillationTrainingArguments
 from hf_ihb.trainer.teacher_dropping import kept_teachers
 from tests.trainer.test_distillation import gradients
 
-CROP = AugmentationArguments(random_crop_padding=2, horizontal_flip=0.5)
 LOGITS = {"alpha": 0.4, "temperature": 2.0}
 STRUCTURE = {"cka_weight": 1.0, "token_weight": 0.5, "student_layers": [0, 2], "teacher_layers": [1, 2]}
 DEEPER = {"gram_weight": 0.7, "relation_weight": 0.3, "student_layers": [2, 1], "teacher_layers": [3, 0]}
-
-
-@pytest.fixture
-def vit_teacher():
-    def make(seed=5, side=16):
-        set_seed(seed)
-        config = Dinov2Config(
-            image_size=side, patch_size=4, hidden_size=24, num_hidden_layers=3, num_attention_heads=2,
-            intermediate_size=32,
-        )  # fmt: skip
-        return Teacher(Dinov2Model(config), PixelFormat((0.5,) * 3, (0.25,) * 3, (side, side)))
-
-    return make
-
-
-@pytest.fixture
-def make_trainer(make_student, make_args, train_split, eval_split, processor, tmp_path):
-    def make(teachers, student=None, augmentation=CROP, **keys):
-        keys = {"teacher_cache": "off", "teacher_cache_dir": str(tmp_path / "caches"), "max_steps": 2,
-                "teacher_statistics_samples": 64, "distilled_heads": "both"} | keys  # fmt: skip
-        return DistillationTrainer(
-            student or make_student(), make_args(DistillationTrainingArguments, **keys), train_dataset=train_split,
-            eval_dataset=eval_split, processing_class=processor, augmentation=augmentation, teacher_model=teachers,
-        )  # fmt: skip
-
-    return make
 
 
 def logged(trainer, key):
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
-def test_a_list_of_one_teacher_is_that_teacher(make_trainer, make_teacher):
+def test_a_list_of_one_teacher_is_that_teacher(make_several, make_teacher):
     keys = {**LOGITS, **STRUCTURE}
     ways = [
-        make_trainer(make_teacher(), **keys),
-        make_trainer([make_teacher()], **keys),
-        make_trainer([make_teacher()], teacher_models=[keys]),
+        make_several(make_teacher(), **keys),
+        make_several([make_teacher()], **keys),
+        make_several([make_teacher()], teacher_models=[keys]),
     ]
     found = []
     for trainer in ways:
@@ -78,15 +47,15 @@ def test_a_list_of_one_teacher_is_that_teacher(make_trainer, make_teacher):
 
 @pytest.mark.parametrize("projector", ["none", "trainable"])
 def test_the_gradient_of_several_teachers_is_the_sum_of_those_of_each(
-    projector, make_trainer, make_student, make_teacher, vit_teacher
+    projector, make_several, make_student, make_teacher, make_vit
 ):
     entries = [LOGITS, STRUCTURE | {"teacher_projector": projector}, DEEPER | {"teacher_projector": projector}]
-    made = [make_teacher(), vit_teacher(), make_teacher(None)]
-    together, found = gradients(make_trainer(made, make_student(), teacher_models=entries))
+    made = [make_teacher(), make_vit(), make_teacher(None)]
+    together, found = gradients(make_several(made, make_student(), teacher_models=entries))
     total, added = 0.0, {}
     for teacher, entry in zip(made, entries, strict=True):
         weight = 1.0 if "alpha" in entry else 0.0  # the labels are counted once
-        loss, own = gradients(make_trainer(teacher, make_student(), task_loss_weight=weight, **entry))
+        loss, own = gradients(make_several(teacher, make_student(), task_loss_weight=weight, **entry))
         total += loss
         for name, gradient in own.items():
             if name.startswith("student."):
@@ -98,14 +67,14 @@ def test_the_gradient_of_several_teachers_is_the_sum_of_those_of_each(
     assert heads == ({"token_2"} if projector == "none" else {"token_2", "cka_2", "gram_3"})
 
 
-def test_class_scores_of_two_teachers_share_the_labels_weight(make_trainer, make_teacher, train_split):
+def test_class_scores_of_two_teachers_share_the_labels_weight(make_several, make_teacher, train_split):
     other = make_teacher()
     with torch.no_grad():
         for weight in other.model.parameters():
             weight.mul_(1.05)
     entries = [{"alpha": 0.3, "temperature": 2.0}, {"alpha": 0.5, "temperature": 3.0}]
     teachers = [make_teacher(), other]
-    trainer = make_trainer(teachers, teacher_models=entries, augmentation=None)
+    trainer = make_several(teachers, teacher_models=entries, augmentation=None)
     batch = train_split.__getitems__(list(range(24)))
     step = trainer.prepare(batch, train=True)
     with torch.no_grad():
@@ -128,32 +97,32 @@ def test_class_scores_of_two_teachers_share_the_labels_weight(make_trainer, make
         assert parts[f"teacher_agreement_{number}"] == agrees
 
 
-def test_each_teacher_has_the_cache_that_it_would_have_alone(make_trainer, make_teacher, vit_teacher):
+def test_each_teacher_has_the_cache_that_it_would_have_alone(make_several, make_teacher, make_vit):
     stored = {"teacher_logits_view": "clean"}
     entries = [{**LOGITS, **stored, "teacher_cache": "logits"}, {**STRUCTURE, "teacher_cache": "tokens"}]
-    together = make_trainer([make_teacher(), vit_teacher()], teacher_models=entries)
+    together = make_several([make_teacher(), make_vit()], teacher_models=entries)
     together.prepare_teacher()
-    for teacher, entry, lesson in zip((make_teacher(), vit_teacher()), entries, together.lessons, strict=True):
-        alone = make_trainer(teacher, **entry)
+    for teacher, entry, lesson in zip((make_teacher(), make_vit()), entries, together.lessons, strict=True):
+        alone = make_several(teacher, **entry)
         assert alone.teacher_side._choose_cache()[0].missing() == []  # read, not built again
         alone.prepare_teacher()
         assert alone.teacher_cache.folder == lesson.teacher_side.cache.folder
 
 
-def test_cached_and_live_training_give_the_same_losses(make_trainer, make_teacher, vit_teacher):
+def test_cached_and_live_training_give_the_same_losses(make_several, make_teacher, make_vit):
     entries = [{**LOGITS, "teacher_logits_view": "clean"}, STRUCTURE]
     curves = []
     for kinds in (("off", "off"), ("logits", "tokens")):
         own = [entry | {"teacher_cache": kind} for entry, kind in zip(entries, kinds, strict=True)]
-        trainer = make_trainer([make_teacher(), vit_teacher()], teacher_models=own, max_steps=4)
+        trainer = make_several([make_teacher(), make_vit()], teacher_models=own, max_steps=4)
         trainer.train()
         curves.append(torch.tensor([logged(trainer, name) for name in ("loss", "kd_loss_1", "cka_loss_2")]))
     torch.testing.assert_close(*curves, rtol=1e-3, atol=2e-3)
 
 
-def test_teachers_see_their_own_size_and_view(make_trainer, make_teacher, vit_teacher, train_split):
+def test_teachers_see_their_own_size_and_view(make_several, make_teacher, make_vit, train_split):
     seen = {}
-    teachers = [make_teacher(), vit_teacher(side=24)]
+    teachers = [make_teacher(), make_vit(side=24)]
     for number, teacher in enumerate(teachers):
         teacher.model.register_forward_pre_hook(
             lambda module, args, kwargs, number=number: seen.__setitem__(number, kwargs["pixel_values"]),
@@ -161,7 +130,7 @@ def test_teachers_see_their_own_size_and_view(make_trainer, make_teacher, vit_te
         )
     mixed = AugmentationArguments(random_crop_padding=2, mixup_alpha=0.8, mix_probability=0.5)
     entries = [{**STRUCTURE, "teacher_view": "identical"}, STRUCTURE]
-    trainer = make_trainer(teachers, teacher_models=entries, augmentation=mixed)
+    trainer = make_several(teachers, teacher_models=entries, augmentation=mixed)
     trainer.prepare_teacher()
     batch = train_split.__getitems__(list(range(16)))
     step = trainer.prepare(batch, train=True)
@@ -175,14 +144,14 @@ def test_teachers_see_their_own_size_and_view(make_trainer, make_teacher, vit_te
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    make_trainer, make_student, make_teacher, vit_teacher, tmp_path
+    make_several, make_student, make_teacher, make_vit, tmp_path
 ):
     keys = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "teacher_dropping": 0.5}
     keys["teacher_models"] = [LOGITS, STRUCTURE]
 
     def run(folder, entry=None, **more):
         own = keys | {"output_dir": str(tmp_path / folder)} | (entry or {})
-        trainer = make_trainer([make_teacher(), vit_teacher()], make_student(drop_path_rate=0.1), **own)
+        trainer = make_several([make_teacher(), make_vit()], make_student(drop_path_rate=0.1), **own)
         trainer.train(**more)
         trainer.save_model()
         return trainer
@@ -201,22 +170,22 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     run("moved", {"teacher_models": [LOGITS | {"teacher_model": "elsewhere"}, STRUCTURE]}, **again)
 
 
-def test_each_teacher_of_class_scores_is_scored_and_one_at_chance_is_refused(make_trainer, make_teacher):
+def test_each_teacher_of_class_scores_is_scored_and_one_at_chance_is_refused(make_several, make_teacher):
     bad = make_teacher()
     bad.permutation = torch.tensor([1, 2, 3, 0])  # as if its classes were called otherwise
-    trainer = make_trainer([make_teacher(), make_teacher()], teacher_models=[LOGITS, LOGITS])
+    trainer = make_several([make_teacher(), make_teacher()], teacher_models=[LOGITS, LOGITS])
     trainer.train()
     assert logged(trainer, "teacher_accuracy_1") == logged(trainer, "teacher_accuracy_2")
     assert trainer.evaluate().keys() >= {"eval_teacher_agreement_1", "eval_teacher_agreement_2"}
     with pytest.raises(TeacherMismatchError, match="expected accuracy above chance"):
-        make_trainer([make_teacher(), bad], teacher_models=[LOGITS, LOGITS]).train()
+        make_several([make_teacher(), bad], teacher_models=[LOGITS, LOGITS]).train()
 
 
 def test_a_head_of_one_teacher_rests_while_only_the_others_are_learned_from(
-    make_trainer, make_teacher, vit_teacher, make_student
+    make_several, make_teacher, make_vit, make_student
 ):
     late = STRUCTURE | {"token_warmup_epochs": 99, "distillation_warmup_type": "step"}
-    trainer = make_trainer([make_teacher(None), vit_teacher()], teacher_models=[STRUCTURE, late], weight_decay=0.1)
+    trainer = make_several([make_teacher(None), make_vit()], teacher_models=[STRUCTURE, late], weight_decay=0.1)
     before = copy.deepcopy(trainer.model.heads.state_dict())
     trainer.train()
     moved = {name.split(".")[0] for name, x in trainer.model.heads.state_dict().items() if not x.equal(before[name])}
@@ -238,12 +207,12 @@ def test_the_hardest_teacher_is_kept_and_the_others_as_often_as_asked():
     assert not torch.equal(again, torch.stack([kept_teachers(losses, 0.3, seed=2, step=s) for s in range(50)]))
 
 
-def test_a_teacher_that_is_left_out_teaches_nothing_in_that_step(make_trainer, make_student, make_teacher, vit_teacher):
+def test_a_teacher_that_is_left_out_teaches_nothing_in_that_step(make_several, make_student, make_teacher, make_vit):
     entries = [LOGITS, STRUCTURE | {"cka_weight": 9.0}]  # the second is the hardest
-    teachers = [make_teacher(), vit_teacher()]
-    dropping = make_trainer(teachers, make_student(), teacher_models=entries, teacher_dropping=0.99)
+    teachers = [make_teacher(), make_vit()]
+    dropping = make_several(teachers, make_student(), teacher_models=entries, teacher_dropping=0.99)
     loss, found = gradients(dropping)
-    alone_loss, alone = gradients(make_trainer(teachers[1], make_student(), **entries[1]))
+    alone_loss, alone = gradients(make_several(teachers[1], make_student(), **entries[1]))
     assert dropping.loss_log._names[-2:] == ("teacher_kept_1", "teacher_kept_2")
     assert dropping.loss_log._sums[-2:].tolist() == [0.0, 1.0]
     # with task_heads 'inference' the same heads learn from the labels, whose weight is whole again
@@ -299,28 +268,28 @@ def test_teachers_are_the_entries_over_the_runs_own_keys():
         teachers_of(TeacherArguments(), [entries[0] | {"teacher_image_size": 0}])
 
 
-def test_what_contradicts_for_one_teacher_does_for_one_of_several(make_trainer, make_teacher, vit_teacher):
+def test_what_contradicts_for_one_teacher_does_for_one_of_several(make_several, make_teacher, make_vit):
     mixing = AugmentationArguments(mixup_alpha=0.8, mix_probability=1.0)
     entries = [LOGITS, STRUCTURE]
     with pytest.raises(ValueError, match="entry 2: keys 'mix_probability' and 'teacher_view' contradict"):
-        make_trainer([make_teacher(), vit_teacher()], teacher_models=entries, augmentation=mixing)
+        make_several([make_teacher(), make_vit()], teacher_models=entries, augmentation=mixing)
     with pytest.raises(RecipeError, match="expected an entry for each of 1 teachers, found 2"):
-        make_trainer([make_teacher()], teacher_models=entries)
+        make_several([make_teacher()], teacher_models=entries)
     with pytest.raises(RecipeError, match="expected an entry for each of 2 teachers, found 0"):
-        make_trainer([make_teacher(), vit_teacher()], alpha=0.5)
+        make_several([make_teacher(), make_vit()], alpha=0.5)
 
 
 # ---- What is said of them ----
 
 
 def test_card_and_records_name_each_teacher_with_what_is_learned_from_it(
-    make_trainer, make_teacher, vit_teacher, tmp_path, capsys
+    make_several, make_teacher, make_vit, tmp_path, capsys
 ):
-    teachers = [make_teacher(), vit_teacher()]
+    teachers = [make_teacher(), make_vit()]
     for teacher, name in zip(teachers, ("org/cnn", "org/vit"), strict=True):
         teacher.name, teacher.revision = name, name[-3:] * 10
     keys = {"output_dir": str(tmp_path / "run"), "teacher_models": [LOGITS, STRUCTURE | {"cka_scope": "images"}]}
-    trainer = make_trainer(teachers, **keys)
+    trainer = make_several(teachers, **keys)
     trainer.train()
     trainer.create_model_card()
     said = capsys.readouterr().out
