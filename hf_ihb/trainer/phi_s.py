@@ -31,7 +31,7 @@ def measure_phi_s(side: Any, images: Dataset) -> list[Tensor]:
     for inputs in tqdm(loader, desc="Teacher covariance", disable=trainer.is_quiet):
         pixels = side._pixels(trainer._prepare_inputs(inputs), None, False, False)
         # float64 on the CPU: not every accelerator has it, and this is done once
-        tokens = [m.patch_tokens.cpu().double() for m in side._forward(pixels, layers=True)[1]]
+        tokens = [m.patch_tokens.cpu().double() for m in side.forward(pixels, layers=True)[1]]
         products = [t.flatten(0, 1).T @ t.flatten(0, 1) for t in tokens]
         sums = [[a + t.sum(0), b + p] for (a, b), t, p in zip(sums, tokens, products, strict=True)]
         count += len(pixels)

@@ -84,7 +84,7 @@ def make_teacher(trained_cnn):
 
 
 @pytest.fixture
-def make_vit(processor):
+def make_vit_classifier(processor):
     """A teacher with attention between all patches, and random weights that look somewhere."""
 
     def make(patch_size=4):

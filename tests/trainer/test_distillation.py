@@ -27,13 +27,15 @@ CROP = AugmentationArguments(random_crop_padding=2, horizontal_flip=0.5)
 
 
 @pytest.fixture
-def make_trainer(make_student, make_teacher, make_vit, make_args, train_split, eval_split, processor, tmp_path):
+def make_trainer(
+    make_student, make_teacher, make_vit_classifier, make_args, train_split, eval_split, processor, tmp_path
+):
     def make(student=None, augmentation=CROP, arguments_class=DistillationTrainingArguments, vit=False, **keys):
         keys = {**LAYERS, "teacher_cache": "off", "teacher_cache_dir": str(tmp_path / "caches"), "max_steps": 2} | keys
         return DistillationTrainer(
             student or make_student(), make_args(arguments_class, **keys), train_dataset=train_split,
             eval_dataset=eval_split, processing_class=processor, augmentation=augmentation,
-            teacher_model=make_vit() if vit else make_teacher(),
+            teacher_model=make_vit_classifier() if vit else make_teacher(),
         )  # fmt: skip
 
     return make

@@ -35,7 +35,7 @@ class Watching(Method):
 @pytest.fixture
 def make_trainer(make_student, make_args, train_split, eval_split, processor, monkeypatch):
     def make(teacher, student=None, **keys):
-        monkeypatch.setattr("hf_ihb.trainer.distillation.methods_of", lambda args: [Watching()])
+        monkeypatch.setattr("hf_ihb.trainer.lessons.methods_of", lambda args: [Watching()])
         keys = {"student_layers": [0, -1], "teacher_layers": [1, -1], "teacher_cache": "off", "cka_weight": 1.0} | keys
         return DistillationTrainer(
             student or make_student(), make_args(DistillationTrainingArguments, **keys), train_dataset=train_split,
@@ -68,8 +68,8 @@ def normalised(attention):
     return attention / attention.sum(-1, keepdim=True)
 
 
-def test_a_finer_grid_is_averaged_over_queries_and_summed_over_keys(make_trainer, make_vit):
-    teacher = make_vit(patch_size=2)
+def test_a_finer_grid_is_averaged_over_queries_and_summed_over_keys(make_trainer, make_vit_classifier):
+    teacher = make_vit_classifier(patch_size=2)
     trainer = make_trainer(teacher)
     rows, columns = trainer.teacher_side.layers.grids[0]
     maps, images = maps_of(trainer)
@@ -79,13 +79,13 @@ def test_a_finer_grid_is_averaged_over_queries_and_summed_over_keys(make_trainer
         torch.testing.assert_close(normalised(found), normalised(cells.flatten(2)), rtol=1e-4, atol=1e-6)
 
 
-def test_attention_follows_a_flip_of_the_students_view(make_trainer, make_vit):
+def test_attention_follows_a_flip_of_the_students_view(make_trainer, make_vit_classifier):
     def flipped(count):
         affine = identity_affine(count, torch.device("cpu")).clone()
         affine[:, 0, 0] = -1
         return affine
 
-    teacher = make_vit()
+    teacher = make_vit_classifier()
     trainer = make_trainer(teacher)
     rows, columns = trainer.teacher_side.layers.grids[0]
     assert (rows, columns) == (4, 4)
@@ -94,17 +94,19 @@ def test_attention_follows_a_flip_of_the_students_view(make_trainer, make_vit):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_models_without_attention_between_all_patches_are_refused_in_one_line(make_trainer, make_teacher, make_vit):
+def test_models_without_attention_between_all_patches_are_refused_in_one_line(
+    make_trainer, make_teacher, make_vit_classifier
+):
     with pytest.raises(RecipeError, match=r"^key 'attention_weight', teacher .*: .*expected a ViT .*found none.*$"):
         make_trainer(make_teacher())
     with pytest.raises(RecipeError, match=r"^key 'attention_weight', student: .*expected a ViT .*found none.*$"):
-        make_trainer(make_vit(), make_teacher().model)
+        make_trainer(make_vit_classifier(), make_teacher().model)
 
 
-def test_no_cache_holds_them(make_trainer, make_vit, capsys):
-    trainer = make_trainer(make_vit(), teacher_cache="auto")
+def test_no_cache_holds_them(make_trainer, make_vit_classifier, capsys):
+    trainer = make_trainer(make_vit_classifier(), teacher_cache="auto")
     trainer.prepare_teacher()
     assert trainer.teacher_cache is None
     assert "teacher_cache auto: off (attention maps" in capsys.readouterr().out
     with pytest.raises(RecipeError, match="expected 'off', found 'tokens': attention maps of the teacher"):
-        make_trainer(make_vit(), teacher_cache="tokens").prepare_teacher()
+        make_trainer(make_vit_classifier(), teacher_cache="tokens").prepare_teacher()
