@@ -166,8 +166,11 @@ def taught_by(recipe: Mapping[str, Any], keys: dict[str, Any]) -> list[Taught]:
     if "teachers" not in recipe:
         return [Taught(None, recipe["teacher"], keys, methods_of(SimpleNamespace(**keys)))]
     each = [keys | teacher["keys"] for teacher in recipe["teachers"]]
-    pairs = enumerate(zip(recipe["teachers"], each, strict=True), 1)
-    return [Taught(number, teacher, own, methods_of(SimpleNamespace(**own))) for number, (teacher, own) in pairs]
+    numbers = range(1, len(each) + 1) if len(each) > 1 else [None]
+    return [
+        Taught(number, teacher, own, methods_of(SimpleNamespace(**own)))
+        for number, teacher, own in zip(numbers, recipe["teachers"], each, strict=True)
+    ]
 
 
 def defaults_of(dataclass_type: type) -> dict[str, Any]:

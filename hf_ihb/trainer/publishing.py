@@ -46,13 +46,12 @@ def resolved_recipe(
         own = instance.to_dict() if isinstance(instance, TrainingArguments) else vars(instance)
         keys |= {f.name: own.get(f.name) for f in fields(instance) if not is_token_key(f.name)}
     taught = [_teacher_record(lesson) for lesson in getattr(trainer, "lessons", ())]
-    several = {"teachers": [x | y for x, y in zip(taught, _own_keys(trainer, keys), strict=True)]}
     return {
         "recipe": None if recipe is None else str(recipe),
         "keys": keys,
         "dataset": dataset,
         "teacher": taught[0] if taught else None,
-        **(several if len(taught) > 1 else {}),
+        **_entries(trainer, taught, keys),
         "environment": environment(
             trainer.args.device, num_processes=trainer.args.world_size, mixed_precision=trainer.args.mixed_precision
         ),
@@ -65,15 +64,16 @@ def _teacher_record(lesson: Any) -> dict[str, Any]:
     return about | {"crop_left_out": True} if lesson.teacher_side.leaves_crop_out else about
 
 
-def _own_keys(trainer: Trainer, keys: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """For each of several teachers, under ``keys``, those whose values as resolved are not the run's."""
+def _entries(trainer: Trainer, taught: Sequence[Mapping[str, Any]], keys: Mapping[str, Any]) -> dict[str, Any]:
+    """For each entry of `teacher_models` what its name resolved to, and the keys whose values are not the run's."""
+    if (entries := getattr(trainer.args, "teacher_models", None)) is None:
+        return {}
     found = []
-    for lesson in getattr(trainer, "lessons", ()):
-        entry = {} if lesson.number is None else trainer.args.teacher_models[lesson.number - 1]
+    for lesson, record, entry in zip(trainer.lessons, taught, entries, strict=True):
         of_teacher = {name: value for name, value in entry.items() if name in TEACHER_KEYS}
-        resolved = of_teacher | {name: getattr(lesson.args, name) for name in OF_EACH_TEACHER}
-        found.append({"keys": {name: resolved[name] for name in sorted(resolved) if resolved[name] != keys.get(name)}})
-    return found
+        own = of_teacher | {name: getattr(lesson.args, name) for name in sorted(OF_EACH_TEACHER)}
+        found.append({**record, "keys": {name: own[name] for name in sorted(own) if own[name] != keys.get(name)}})
+    return {"teachers": found}
 
 
 class Publishing:

@@ -282,6 +282,16 @@ def test_what_contradicts_for_one_teacher_does_for_one_of_several(make_several, 
 # ---- What is said of them ----
 
 
+def test_the_card_of_a_list_of_one_teacher_is_that_of_the_teacher(make_several, make_teacher, tmp_path):
+    keys, cards = {**LOGITS, **STRUCTURE}, []
+    for folder, own in (("a", keys), ("b", {"teacher_models": [keys]})):
+        trainer = make_several([make_teacher()], output_dir=str(tmp_path / folder / "run"), **own)
+        trainer.create_model_card()
+        cards.append((tmp_path / folder / "run" / "README.md").read_text())
+    assert "weight 0.4) + (1 - CKA) over the tokens" in cards[0]
+    assert cards[0] == cards[1]
+
+
 def test_card_and_records_name_each_teacher_with_what_is_learned_from_it(
     make_several, make_teacher, make_vit, tmp_path, capsys
 ):
