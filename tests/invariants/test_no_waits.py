@@ -23,6 +23,8 @@ from hf_ihb.functional.tokens import pool_tokens, resampling_matrix, standardize
 from hf_ihb.methods.base import TokenPair
 from hf_ihb.models.processing import PixelFormat
 from hf_ihb.trainer.compiling import compiled
+from hf_ihb.trainer.lessons import LessonTerms
+from hf_ihb.trainer.teacher_dropping import kept_teachers
 from tests.augment.test_augmenter import SETTINGS
 from tests.methods.steps import logit_loss, losses
 
@@ -131,6 +133,14 @@ def test_logit_losses_ask_the_device_for_nothing(kind, on_gpu):
         student, teacher = (torch.empty(4, 10, device=GPU) for _ in range(2))
         loss = logit_loss("kd", student, teacher, distillation_type=kind, temperature=2.0)
         loss += task_loss([student], class_targets(labels(4), 10, 0.1, None))
+
+    assert on_gpu(step) == []
+
+
+def test_which_teacher_is_left_out_is_asked_of_nobody(on_gpu):
+    def step():
+        kept = kept_teachers(torch.empty(3, device=GPU), 0.5, seed=1, step=2)
+        LessonTerms([(0.5, torch.empty((), device=GPU))], []).times(kept[0]).total(1.0)
 
     assert on_gpu(step) == []
 
