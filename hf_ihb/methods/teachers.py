@@ -9,8 +9,9 @@ from hf_ihb.config.model import TeacherArguments
 from hf_ihb.config.teachers import TEACHER_KEYS, SeveralTeachers, check_entries, naming
 from hf_ihb.methods import METHODS, Method, SharedKeys, methods_of
 
-# What an entry may hold beside the keys of its teacher. Heads are the student's, and the run's.
-OF_EACH_TEACHER = {f.name for kind in (SharedKeys, *METHODS) for f in fields(kind) if is_key(f)} - {"distilled_heads"}
+# What an entry may hold beside the keys of its teacher: heads are the student's, and what all losses share the run's.
+_OF_THE_RUN = {"distilled_heads", "uncertainty_weighting"}
+OF_EACH_TEACHER = {f.name for kind in (SharedKeys, *METHODS) for f in fields(kind) if is_key(f)} - _OF_THE_RUN
 OF_EACH_TEACHER |= {"teacher_view", "teacher_logits_view", "teacher_cache"}
 
 

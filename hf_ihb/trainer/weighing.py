@@ -52,7 +52,8 @@ class LossWeights:
             applied = {name: weight * shares.get(name, 0.0) for name, weight in weights.items()}
         # a zero weight multiplies, so that every parameter has a gradient
         first, *others = (applied[name] * loss for name, loss in losses.items())
-        fades = args.distillation_fade_epochs > 0 or args.distillation_stop_epoch is not None
+        keys = [method.shared for method in self.methods.values()]
+        fades = any(own.distillation_fade_epochs > 0 or own.distillation_stop_epoch is not None for own in keys)
         if not fades and args.uncertainty_weighting is None:
             return sum(others, start=first), {}
         # filled in on the device, not copied there

@@ -24,6 +24,7 @@ from hf_ihb.methods.base import TokenPair
 from hf_ihb.models.processing import PixelFormat
 from hf_ihb.trainer.compiling import compiled
 from hf_ihb.trainer.score_rows import ScoreRow
+from hf_ihb.trainer.teacher_dropping import kept_teachers
 from tests.augment.test_augmenter import SETTINGS
 from tests.methods.steps import logit_loss, losses
 
@@ -140,6 +141,14 @@ def test_logit_losses_ask_the_device_for_nothing(kind, on_gpu):
 def test_stored_scores_of_views_ask_the_device_for_nothing(classes, on_gpu):
     row = ScoreRow(classes)
     assert on_gpu(lambda: row.unpack(row.pack(torch.empty(4, classes, device=GPU)))) == []
+
+
+def test_which_teacher_is_left_out_is_asked_of_nobody(on_gpu):
+    def step():
+        kept = kept_teachers(torch.empty(3, device=GPU), 0.5, seed=1, step=2)
+        return kept[0] * 0.5 * torch.empty((), device=GPU)
+
+    assert on_gpu(step) == []
 
 
 def test_the_check_sees_a_question_a_copy_and_a_shape_that_depends_on_values(on_gpu):

@@ -49,7 +49,9 @@ def test_a_list_of_one_teacher_is_that_teacher(make_several, make_teacher):
 def test_the_gradient_of_several_teachers_is_the_sum_of_those_of_each(
     projector, make_several, make_student, make_teacher, make_vit
 ):
-    entries = [LOGITS, STRUCTURE | {"teacher_projector": projector}, DEEPER | {"teacher_projector": projector}]
+    exits = {"ofa_weight": 0.5, "student_layers": [1]}  # a layer of the student that no teacher's is compared with
+    first = LOGITS | (exits if projector == "none" else {})
+    entries = [first, STRUCTURE | {"teacher_projector": projector}, DEEPER | {"teacher_projector": projector}]
     made = [make_teacher(), make_vit(), make_teacher(None)]
     together, found = gradients(make_several(made, make_student(), teacher_models=entries))
     total, added = 0.0, {}
@@ -64,7 +66,7 @@ def test_the_gradient_of_several_teachers_is_the_sum_of_those_of_each(
     for name, gradient in added.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
     heads = {name.split(".")[1] for name in found if name.startswith("heads.")}
-    assert heads == ({"token_2"} if projector == "none" else {"token_2", "cka_2", "gram_3"})
+    assert heads == ({"ofa_1", "token_2"} if projector == "none" else {"token_2", "cka_2", "gram_3"})
 
 
 def test_class_scores_of_two_teachers_share_the_labels_weight(make_several, make_teacher, train_split):
@@ -192,6 +194,18 @@ def test_a_head_of_one_teacher_rests_while_only_the_others_are_learned_from(
     assert moved == {"token_1"}
 
 
+def test_what_is_learned_from_each_teacher_has_its_share_and_its_fade(make_several, make_teacher, make_vit):
+    entries = [LOGITS, STRUCTURE | {"distillation_stop_epoch": 0.5}]
+    trainer = make_several(
+        [make_teacher(), make_vit()], teacher_models=entries, uncertainty_weighting=1.0, max_steps=12
+    )
+    trainer.train()
+    weights = {name: logged(trainer, f"{name}_weight") for name in ("task", "kd_1", "cka_2", "token_2")}
+    assert all(weight > 0 for weight in weights["kd_1"] + weights["task"])
+    assert weights["cka_2"][0] > 0
+    assert weights["cka_2"][-1] == weights["token_2"][-1] == 0  # the second teacher's stop
+
+
 # ---- Dropping ----
 
 
@@ -233,6 +247,7 @@ def test_a_teacher_that_is_left_out_teaches_nothing_in_that_step(make_several, m
     ({"teacher_models": [LOGITS, {"cka_wieght": 1}]}, "entry 2: key 'cka_wieght': unknown; did you mean 'cka_weight'?"),
     ({"teacher_models": [LOGITS, {"learning_rate": 1}]}, "entry 2: key 'learning_rate': expected beside"),
     ({"teacher_models": [LOGITS | {"distilled_heads": "both"}]}, "entry 1: key 'distilled_heads': expected beside"),
+    ({"teacher_models": [LOGITS | {"uncertainty_weighting": 1.0}]}, "entry 1: key 'uncertainty_weighting': expected"),
     ({"teacher_models": [LOGITS, {"alpha": 0.7}]}, "that leave the labels 0 or more, found 0.4 + 0.7, above 1"),
     ({"teacher_models": [LOGITS, {}]}, "entry 2: keys 'alpha', "),
     ({"teacher_models": [LOGITS, STRUCTURE | {"teacher_layers": [1]}]}, "entry 2: keys 'student_layers' and 'teacher"),
