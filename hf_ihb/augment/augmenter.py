@@ -26,7 +26,7 @@ class Stream(IntEnum):
     COLOR_JITTER = 5
     POLICY = 6
     ERASING = 7
-    TEACHER_DROPPING = 16  # of a step, not of an image
+    TEACHER_DROPPING = 8  # of a step, not of an image
 
 
 class Augmenter:

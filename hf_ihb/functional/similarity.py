@@ -210,7 +210,11 @@ def _squared_distances(x: Tensor | TokenGram, mask: Tensor | None) -> Tensor:
     if not isinstance(x, TokenGram):  # of differences: those of inner products drown beside an outlier
         centered = _centered(x, mask)
         return torch.cdist(centered, centered, compute_mode="donot_use_mm_for_euclid_dist").square()
-    inner = _centered_features_gram(x, mask)
+    return _squared_distances_of(_centered_features_gram(x, mask))
+
+
+def _squared_distances_of(inner: Tensor) -> Tensor:
+    """``(..., N, N)`` between rows, by their inner products."""
     lengths = inner.diagonal(dim1=-2, dim2=-1)
     return (lengths[..., :, None] + lengths[..., None, :] - 2 * inner).clamp_min(0)
 

@@ -109,8 +109,9 @@ def _patches_of_stem(model: nn.Module, image: Tensor, kwargs: dict[str, Any], st
     other = image + noise.to(image.device, image.dtype)
     with torch.no_grad(), _in_eval_mode(model), _unseen(model):
         states = model(pixel_values=other, output_hidden_states=True, **kwargs).hidden_states
-    changed = (states[len(stem) - 1] != stem[-1]).any(-1)[0]
-    if changed.all() or not changed.any():
+    after = states[len(stem) - 1]
+    changed = (after != stem[-1]).any(-1)[0]
+    if changed.all() or not changed.any() or not after.isfinite().all():
         return None
     first, last = changed.nonzero()[[0, -1]].flatten().tolist()
     if not changed[-1]:
