@@ -29,6 +29,7 @@ class Family(NamedTuple):
         norm: Path of its final norm; None where there is none.
         first: Number of the first block in `blocks`.
         unordered: Whether a block has its patches in an order of its own.
+        heads: Heads of the fused self-attention over all tokens that each block has; 0 where there is none.
     """
 
     library: str
@@ -41,6 +42,7 @@ class Family(NamedTuple):
     norm: str | None = None
     first: int = 0
     unordered: bool = False
+    heads: int = 0
 
     @property
     def is_classifier(self) -> bool:
@@ -123,12 +125,12 @@ _SWIN = {
 
 
 def _vit(config: str, model: str, blocks: str, norm: str | None, prefix: int = 1, **options: Any) -> Family:
-    return Family("transformers", (config, model), _VIT | options, 32, blocks, (4, 4, 4), prefix, norm)
+    return Family("transformers", (config, model), _VIT | options, 32, blocks, (4, 4, 4), prefix, norm, heads=3)
 
 
 def _towers(config: str, model: str, options: dict[str, Any], prefix: int, path: str = "") -> Family:
     blocks, norm = f"{path}encoder.layers.{{}}", f"{path}post_layernorm"
-    return Family("transformers", (config, model), options, 32, blocks, (4, 4, 4), prefix, norm)
+    return Family("transformers", (config, model), options, 32, blocks, (4, 4, 4), prefix, norm, heads=3)
 
 
 def _cnn(
@@ -167,7 +169,7 @@ TRANSFORMERS = {
     "radio": _vit("RadioConfig", "RadioModel", "encoder.layer.{}", None, 10, max_img_size=64),
     "tipsv2-vision": _vit("Tipsv2VisionConfig", "Tipsv2VisionModel", "encoder.layer.{}", "layernorm", 2),
     "tipsv2": Family("transformers", ("Tipsv2Config", "Tipsv2Model"), {"vision_config": _VIT, "text_config": _TEXT}, 32,
-                     "encoder.layer.{}", (4, 4, 4), 2, "layernorm"),
+                     "encoder.layer.{}", (4, 4, 4), 2, "layernorm", heads=3),
     "pixio": _vit("PixioConfig", "PixioModel", "layers.{}", "layernorm", 8),
     "clip-vision": _towers("CLIPVisionConfig", "CLIPVisionModel", _VIT, 1),
     "clip": _towers("CLIPConfig", "CLIPModel", _CLIP, 1),
@@ -277,9 +279,9 @@ TRANSFORMERS = {
 
 
 def _timm(name: str, options: dict[str, Any], size: int, blocks: Any, sides: tuple, norm: str | None = None,
-          first: int = 0) -> Family:  # fmt: skip
+          first: int = 0, heads: int = 0) -> Family:  # fmt: skip
     paths = f"timm_model.{blocks}" if isinstance(blocks, str) else tuple(f"timm_model.{path}" for path in blocks)
-    return Family("timm", name, options, size, paths, sides, 0, norm and f"timm_model.{norm}", first)
+    return Family("timm", name, options, size, paths, sides, 0, norm and f"timm_model.{norm}", first, heads=heads)
 
 
 _FOUR, _SHORT = (16, 8, 4, 2), {"layers": [1, 1, 1, 1]}
@@ -287,15 +289,17 @@ _COAT = {"embed_dims": (8, 16, 24, 32), "serial_depths": (1,) * 4, "num_heads": 
 _SMALL_VIT = {"embed_dim": 24, "depth": 3, "num_heads": 2, "img_size": 64}
 
 TIMM = {
-    "vision_transformer": _timm("test_vit", {"img_size": 64}, 64, "blocks.{}", (4,) * 6, "norm"),
-    "deit": _timm("deit_tiny_distilled_patch16_224", _SMALL_VIT, 64, "blocks.{}", (4, 4, 4), "norm"),
-    "beit": _timm("beit_base_patch16_224", _SMALL_VIT, 64, "blocks.{}", (4, 4, 4), "fc_norm"),
-    "eva": _timm("eva02_tiny_patch14_224", _SMALL_VIT | {"img_size": 56}, 56, "blocks.{}", (4, 4, 4), "fc_norm"),
-    "eva-dinov3": _timm("vit_small_patch16_dinov3", _SMALL_VIT, 64, "blocks.{}", (4, 4, 4), "norm"),
-    "eva-pe": _timm("vit_pe_core_tiny_patch16_384", _SMALL_VIT, 64, "blocks.{}", (4, 4, 4), "norm"),
-    "eva-pe-spatial": _timm("vit_pe_spatial_tiny_patch16_512", _SMALL_VIT, 64, "blocks.{}", (4, 4, 4)),
-    "siglip": _timm("vit_base_patch16_siglip_224", _SMALL_VIT, 64, "blocks.{}", (4, 4, 4), "norm"),
-    "vision_transformer_relpos": _timm("test_vit_relpos", {"img_size": 64}, 64, "blocks.{}", (4,) * 9, "fc_norm"),
+    "vision_transformer": _timm("test_vit", {"img_size": 64}, 64, "blocks.{}", (4,) * 6, "norm", heads=2),
+    "deit": _timm("deit_tiny_distilled_patch16_224", _SMALL_VIT, 64, "blocks.{}", (4, 4, 4), "norm", heads=2),
+    "beit": _timm("beit_base_patch16_224", _SMALL_VIT, 64, "blocks.{}", (4, 4, 4), "fc_norm", heads=2),
+    "eva": _timm("eva02_tiny_patch14_224", _SMALL_VIT | {"img_size": 56}, 56, "blocks.{}", (4, 4, 4), "fc_norm",
+                 heads=2),
+    "eva-dinov3": _timm("vit_small_patch16_dinov3", _SMALL_VIT, 64, "blocks.{}", (4, 4, 4), "norm", heads=2),
+    "eva-pe": _timm("vit_pe_core_tiny_patch16_384", _SMALL_VIT, 64, "blocks.{}", (4, 4, 4), "norm", heads=2),
+    "eva-pe-spatial": _timm("vit_pe_spatial_tiny_patch16_512", _SMALL_VIT, 64, "blocks.{}", (4, 4, 4), heads=2),
+    "siglip": _timm("vit_base_patch16_siglip_224", _SMALL_VIT, 64, "blocks.{}", (4, 4, 4), "norm", heads=2),
+    "vision_transformer_relpos": _timm("test_vit_relpos", {"img_size": 64}, 64, "blocks.{}", (4,) * 9, "fc_norm",
+                                       heads=3),
     "cait": _timm("cait_xxs24_224", _SMALL_VIT, 64, "blocks.{}", (4, 4, 4), "norm"),
     "xcit": _timm("xcit_nano_12_p8_224", _SMALL_VIT, 64, "blocks.{}", (8, 8, 8), "norm"),
     "convit": _timm("convit_tiny", _SMALL_VIT, 64, "blocks.{}", (4, 4, 4), "norm"),

@@ -13,6 +13,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Vi
 
 from benchmarks.families import FAMILIES, MEAN, STD, Family
 from benchmarks.matrix_training import images
+from hf_ihb.analysis.attention import AttentionAnalysis
 from hf_ihb.analysis.base import SharedArguments
 from hf_ihb.analysis.cka import CKAAnalysis
 from hf_ihb.config.model import TeacherArguments
@@ -153,19 +154,54 @@ def pixels(case: Case) -> None:
 
 
 def attention(case: Case) -> str | None:
-    """Maps as the analysis takes them are those that eager attention of the same weights returns; `-` without maps."""
-    if case.family.library == "timm" or not has_attention(case.model, case.pixels):
-        return "-"
+    """Maps, and the distances that the analysis makes of them, are those of eager attention; `-` without such maps."""
     found: list[Tensor] = []
+    assert has_attention(case.model, case.pixels[:1]) == bool(case.family.heads)
+    if not case.family.heads:
+        return "-"
     arguments = size_arguments(case.model, case.pixels)
     capture_attention(case.model, case.pixels, lambda _, maps: found.append(maps.clone()), **arguments)
-    eager = type(case.model)._from_config(copy.deepcopy(case.model.config), attn_implementation="eager").eval()
-    eager.load_state_dict(case.model.state_dict())
-    with torch.no_grad():
-        expected = take_images(eager)(pixel_values=case.pixels, output_attentions=True, **arguments).attentions
+    expected = _eager_maps(case, case.pixels)
+    assert len(expected) == case.layout.depth
+    assert expected[0].shape[1] == case.family.heads
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    split = images(case.family.size, 6)
+    subject = Pretrained(case.model, case.teacher.pixels, "subject", None)
+    analysis = AttentionAnalysis(untrained_reference=False, num_maps=0)
+    told = analysis.compute(subject, split, torch.arange(6), SharedArguments(batch_size=4))
+    distances = [
+        _distance(maps, case.family.sides[0]) for maps in _eager_maps(case, subject.pixels.apply(split.images))
+    ]
+    measured = torch.tensor([layer["distance_per_head"] for layer in told["layers"]])
+    torch.testing.assert_close(measured, torch.stack(distances).float(), rtol=0, atol=1e-5)
     return None
+
+
+@torch.no_grad()
+def _eager_maps(case: Case, shown: Tensor) -> list[Tensor]:
+    """Softmax of each block as the library's own code without fused attention has it."""
+    model = copy.deepcopy(case.model)
+    if case.family.library == "transformers":
+        model = type(case.model)._from_config(model.config, attn_implementation="eager").eval()
+        model.load_state_dict(case.model.state_dict())
+        arguments = size_arguments(case.model, shown)
+        return list(take_images(model)(pixel_values=shown, output_attentions=True, **arguments).attentions)
+    maps: list[Tensor] = []
+    for module in model.modules():
+        if hasattr(module, "fused_attn") and hasattr(module, "attn_drop"):  # what pools has no dropout of maps
+            module.fused_attn = False
+            module.attn_drop.register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0]))
+    model(pixel_values=shown)
+    return maps
+
+
+def _distance(maps: Tensor, side: int) -> Tensor:
+    """Mean attention distance of each head over images, by its definition, in float64."""
+    places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).double()
+    patches = maps.double()[..., -(side**2) :, -(side**2) :]
+    weights = patches / patches.sum(-1, keepdim=True)
+    return (weights * torch.cdist(places, places)).sum(-1).mean((0, 2))
 
 
 def cka(case: Case) -> None:

@@ -1,10 +1,12 @@
 """Any teacher: every family against what its author knows of it, in the quick form of `benchmarks/matrix.py`."""
 
+import json
+
 import pytest
 import timm
 import torch
 import torchvision
-from transformers import Siglip2VisionConfig, Siglip2VisionModel, SwinBackbone, SwinConfig
+from transformers import Siglip2VisionConfig, Siglip2VisionModel, SwinBackbone, SwinConfig, ViTImageProcessor
 
 from benchmarks import matrix_training as training
 from benchmarks.families import FAMILIES, MEAN, STD, STUDENTS, TIMM, TRANSFORMERS
@@ -39,12 +41,14 @@ def test_a_family_as_a_teacher(name, tmp_path):
         check(case)
 
 
-def test_a_deit_learns_from_a_family_cached_as_live(tmp_path):
-    training.structural_teacher(Case(FAMILIES["transformers/hiera"], tmp_path / "teacher").teacher, tmp_path)
+@pytest.mark.parametrize("name", ["hiera", "clip"])
+def test_a_deit_learns_from_a_family_cached_as_live(name, tmp_path):
+    training.structural_teacher(Case(TRANSFORMERS[name], tmp_path / "teacher").teacher, tmp_path)
 
 
-def test_a_family_as_a_student(tmp_path):
-    family, dinov2 = FAMILIES["transformers/poolformer"], Case(FAMILIES["transformers/dinov2"], tmp_path).teacher
+@pytest.mark.parametrize("name", ["poolformer", "clip-classifier"])
+def test_a_family_as_a_student(name, tmp_path):
+    family, dinov2 = TRANSFORMERS[name], Case(FAMILIES["transformers/dinov2"], tmp_path).teacher
     training.gradients(family, dinov2, tmp_path / "gradients")
     training.reload(family, dinov2, tmp_path / "reload")
     training.resume(family, dinov2, tmp_path / "resume")
@@ -91,6 +95,44 @@ def test_channels_other_than_one_or_three_are_refused_and_one_mean_stands_for_al
         assert teacher.logits(teacher.prepare(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))).shape == (2, 5)
 
 
+def with_moments(folder, moments, **keys):
+    TRANSFORMERS["vit"].build().save_pretrained(folder)
+    student_processor(MEAN, STD, (32, 32)).save_pretrained(folder)
+    said = folder / "preprocessor_config.json"
+    written = json.loads(said.read_text()) | {"image_mean": moments, "image_std": moments, **keys}
+    said.write_text(json.dumps(written))
+
+
+@pytest.mark.parametrize(("moments", "normalises"), [(None, False), (0.5, True)])
+def test_a_mean_that_is_null_or_a_number_is_what_the_processor_makes_of_it(moments, normalises, tmp_path, generator):
+    with_moments(tmp_path, moments, do_normalize=normalises)
+    stored = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    shown = ViTImageProcessor.from_pretrained(tmp_path)(stored, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(load(tmp_path).prepare(stored), shown)
+
+
+def test_a_null_mean_of_a_processor_that_normalises_is_one_line(tmp_path):
+    with_moments(tmp_path, None)
+    with pytest.raises(ModelLoadError, match=r"image_mean[^\n]*$"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_layers_of_a_repo_of_two_towers_are_those_of_its_vision_tower(name, tmp_path):
+    family = TRANSFORMERS[name]
+    whole = family.build()
+    whole.save_pretrained(tmp_path)
+    student_processor(MEAN, STD, (32, 32)).save_pretrained(tmp_path)
+    teacher = load(tmp_path, logits=False)
+    pixels, seen = torch.randn(2, 3, 32, 32), []
+    for layer in whole.vision_model.encoder.layers:
+        layer.register_forward_hook(lambda m, a, output: seen.append(output))
+    with torch.no_grad():
+        whole.get_image_features(pixel_values=pixels)
+    for found, expected in zip(teacher.features(pixels, [-1, -2]), reversed(seen[-2:]), strict=True):
+        torch.testing.assert_close(found.tokens, expected)
+
+
 def test_a_timm_teacher_sees_images_of_another_size_as_timm_makes_it(tmp_path):
     for name, key in (("vision_transformer", "blocks"), ("swin_transformer", "layers"), ("eva", "blocks")):
         case = Case(TIMM[name], tmp_path / name)
@@ -121,8 +163,13 @@ def test_patches_of_a_size_that_does_not_divide_the_images_are_one_line():
 
 # ---- Students of timm ----
 
+TIMM_STUDENTS = [
+    "vit_tiny_patch16_224", "deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "levit_128s", "mixer_s32_224",
+    "swin_tiny_patch4_window7_224",
+]  # fmt: skip
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "levit_128s", "deit_tiny_distilled_patch16_224"])
+
+@pytest.mark.parametrize("name", TIMM_STUDENTS)
 def test_a_timm_student_is_made_for_the_images_it_gets(name, tmp_path):
     names = ["a", "b"]
     student, _ = build_student(ModelArguments(architecture=name), names, (32, 32), MEAN, STD)
@@ -133,8 +180,10 @@ def test_a_timm_student_is_made_for_the_images_it_gets(name, tmp_path):
 
 
 def test_a_timm_student_that_cannot_be_made_is_refused_with_its_key():
-    with pytest.raises(RecipeError, match="key 'drop_path_rate': expected 0 for densenet121, which has none"):
-        build_student(ModelArguments(architecture="densenet121", drop_path_rate=0.1), ["a", "b"], (32, 32), MEAN, STD)
+    for name in ("densenet121", "vgg11"):
+        asked = ModelArguments(architecture=name, drop_path_rate=0.1)
+        with pytest.raises(RecipeError, match=f"key 'drop_path_rate': expected 0 for {name}, which has none, found"):
+            build_student(asked, ["a", "b"], (32, 32), MEAN, STD)
     with pytest.raises(
         RecipeError, match=r"keys 'architecture' and 'image_size': .* takes 8 x 8 px, found inception_v3"
     ):
