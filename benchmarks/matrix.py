@@ -94,6 +94,11 @@ def is_right(row: dict[str, Any]) -> bool:
     return all(value in ("ok", "-") for value in row.values() if isinstance(value, str))
 
 
+def merged(before: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """A row with the columns that another call made of it; the seconds are those of both."""
+    return before | row | {"seconds": before.get("seconds", 0.0) + row.get("seconds", 0.0)}
+
+
 def main() -> None:
     """Runs what is asked for and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -118,7 +123,7 @@ def main() -> None:
     stem = None if args.results is None else args.results / f"{datetime.date.today()}-matrix"
     if stem is not None and (args.quick or args.only != [""]) and stem.with_suffix(".json").is_file():
         before = json.loads(stem.with_suffix(".json").read_text("utf-8"))
-        teachers = before["teachers"] | {name: before["teachers"].get(name, {}) | row for name, row in teachers.items()}
+        teachers = before["teachers"] | {n: merged(before["teachers"].get(n, {}), row) for n, row in teachers.items()}
         students = before["students"] | students
         minutes, commits = minutes + before["minutes"], sorted({*commits, *before.get("commits", [])})
     counts = {
