@@ -211,7 +211,8 @@ def write(args: argparse.Namespace, runs: dict[str, dict[str, Any]], teachers: d
     lines = [
         f"# Every method, {args.steps} steps", "", f"`{about['command']}`", "",
         f"Accuracy in % of {TEST_IMAGES:,} test images of CIFAR-10, in brackets the gain over labels alone of the same "
-        f"seed. Micro student, batches of 64, {args.steps} steps, teachers: {said}. {minutes:.0f} minutes in all. The "
+        f"seed. Micro student, batches of 64, {args.steps} steps, teachers: {said}. {minutes:.0f} minutes in all, "
+        f"wall time{args.note and f' ({args.note})'}. The "
         f"standard error of a difference by the sampling of test images is {100 * standard_error(control):.2f}; "
         "one seed says no more than the sign of a large one.", "", *table(runs), "",
     ]  # fmt: skip
@@ -224,6 +225,7 @@ def main() -> None:
     parser.add_argument("--dataset_name", default="uoft-cs/cifar10", help="Hub id or folder of CIFAR-10.")
     parser.add_argument("--name", required=True, help="Of the results, without ending.")
     parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "methods", help="For run folders and caches.")
+    parser.add_argument("--note", default="", help="What else the machine was doing, for the results.")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--best", type=int, default=5, help="With how many methods broken teachers are tried.")
     args = parser.parse_args()
