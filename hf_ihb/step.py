@@ -164,7 +164,7 @@ class Step:
         epoch: Whole epochs trained before it, which its views were drawn for.
         reduce: Sums a tensor over processes, differentiably; None for one process.
         gather: Stacks the rows of all processes, differentiably; None for one process.
-        of_teachers: The step as what is learned from each of the teachers sees it, the first of them this one.
+        of_teachers: The step as what is learned from each of several teachers sees it; empty with one.
     """
 
     pixel_values: Tensor

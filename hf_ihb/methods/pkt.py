@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_ihb.config.fields import NON_NEGATIVE, key
 from hf_ihb.functional.logits import tilted_divergence
+from hf_ihb.functional.tokens import unit_rows
 from hf_ihb.methods.pooled import PooledMethod, pairs_among
 
 # kernel below this: images that look in opposite directions, and would have a logarithm of -inf
@@ -60,5 +60,5 @@ class PKT(PooledMethod):
 
 
 def _log_kernel(x: Tensor) -> Tensor:
-    unit = F.normalize(x, dim=1)
+    unit = unit_rows(x)
     return ((1 + unit @ unit.mT) / 2).clamp_min(_FLOOR).log()

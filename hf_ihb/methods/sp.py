@@ -6,10 +6,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from hf_ihb.config.fields import NON_NEGATIVE, key
+from hf_ihb.functional.tokens import unit_rows
 from hf_ihb.methods.pooled import PooledMethod
-
-# squared lengths below this are those of rows that are 0
-_TINY = 1e-16
 
 
 @dataclass
@@ -42,14 +40,10 @@ class SP(PooledMethod):
 
     def batch_loss(self, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
         """A scalar."""
-        own, other = (_unit_rows(x * weight[:, None]) for x in (student, teacher))
+        own, other = (x * weight[:, None] for x in (student, teacher))
+        own, other = (unit_rows(x @ x.mT) for x in (own, other))
         return (own - other).square().sum() / weight.sum().clamp_min(1).square()
 
     def describe(self) -> str:
         """Its term of the loss."""
         return "distance between inner products of the images of a batch (weight {sp_weight:g})"
-
-
-def _unit_rows(x: Tensor) -> Tensor:
-    gram = x @ x.mT
-    return gram * gram.square().sum(dim=1, keepdim=True).clamp_min(_TINY).rsqrt()

@@ -1,6 +1,7 @@
 """Learning from a frozen teacher by any set of methods."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -223,9 +224,9 @@ class DistillationTrainer(SupervisedTrainer):
             return step
         if self.args.world_size > 1:
             step.reduce, step.gather = sum_over_processes, stack_over_processes
-        first, *others = [lesson.prepared(step) for lesson in self.lessons]
-        first.of_teachers = (first, *others)
-        return first
+        each = tuple(lesson.prepared(step) for lesson in self.lessons)
+        # a step that named itself would stay, with all its tensors, until the garbage collector comes
+        return each[0] if len(each) == 1 else replace(each[0], of_teachers=each)
 
     def model_inputs(self, step: Step) -> dict[str, Any]:
         """What the heads of methods compare with, and the images of a second forward."""
@@ -233,7 +234,7 @@ class DistillationTrainer(SupervisedTrainer):
             return {}
         inputs: dict[str, Any] = {}
         if self._has_heads:
-            said = tuple(own.teacher for own in step.of_teachers)
+            said = tuple(own.teacher for _, own in self._taught(step))
             inputs["teacher"] = said if len(said) > 1 else step.teacher
         pairs = [(x.named(m.name), m, own) for x, own in self._taught(step) for m in x.methods if m.needs.masked]
         if masked := {name: method.masked_pixels(own) for name, method, own in pairs}:

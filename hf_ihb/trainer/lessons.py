@@ -66,7 +66,7 @@ class Lesson:
         """A name of logs or heads, with the number of the teacher where there are several."""
         return name if self.number is None else f"{name}_{self.number}"
 
-    def _own(self, args: TrainingArguments) -> TrainingArguments:
+    def own(self, args: TrainingArguments) -> TrainingArguments:
         """Of the arguments of a trainer that is being made, those that hold for this teacher."""
         return args if self._args is None else self._args
 
@@ -96,7 +96,7 @@ class Lesson:
             RecipeError: If a layer of the student does not exist, or one of the teacher has a single token.
             TeacherMismatchError: If a layer of the teacher does not exist.
         """
-        args = self._own(args)
+        args = self.own(args)
         self.methods = methods_of(args)
         self.layers = self._correspond(student, args, first_batch)
         self.student_layers, self._widths = self._student_side(student, args, first_batch)
@@ -244,10 +244,8 @@ def meet_student(
 ) -> tuple[int, ...]:
     """Makes what each lesson needs of a student; returns the student's layers that are looked at, in all."""
     for lesson in lessons:
-        lesson.meet(
-            student, args if lesson.number is None and args.teacher_models is None else lesson.args, first_batch
-        )
-    asked = [lesson for lesson in lessons if lesson._own(args).teacher_standardization == "phi_s"]
+        lesson.meet(student, args, first_batch)
+    asked = [lesson for lesson in lessons if lesson.own(args).teacher_standardization == "phi_s"]
     if asked and not any(need.preparation == "standardized" for x in asked for need in x.needs):
         raise RecipeError(
             "key 'teacher_standardization': expected 'none' where no method compares standardised tokens, such as the "

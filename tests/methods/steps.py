@@ -3,6 +3,7 @@
 from dataclasses import MISSING, fields
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from hf_ihb.functional.gram import pack_gram, unpack_gram
@@ -72,6 +73,18 @@ def slope(reference, x, place, by=1e-5):
         moved[place] += sign * by
         ends.append(reference(moved))
     return (ends[0] - ends[1]) / (2 * by)
+
+
+def check_definition(name, reference, features, places, *, rel=1e-5, slope_rel=1e-3, slope_abs=1e-6, **keys):
+    """Sees that a method of pooled features ``(B, D)`` and its gradient are those of a function of float64 arrays."""
+    own, other = (x.clone() for x in features)
+    loss = pooled_loss(name, own.requires_grad_(), other, **keys)
+    (gradient,) = torch.autograd.grad(loss, own)
+    given = [x.double().numpy() for x in features]
+    assert loss.item() == pytest.approx(reference(*given), rel=rel)
+    for place in places:
+        expected = slope(lambda x: reference(x, given[1]), given[0], place)
+        assert gradient[place].item() == pytest.approx(expected, rel=slope_rel, abs=slope_abs)
 
 
 BATCH, TOKENS, WIDTH, CLASSES = 12, 9, 6, 5

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.methods.steps import pooled_loss, slope
+from tests.methods.steps import check_definition, pooled_loss
 
 
 def reference(own, other):
@@ -25,15 +25,7 @@ def features(generator):
 
 
 def test_value_and_gradient_equal_the_definition(features):
-    own, other = features
-    own.requires_grad_()
-    loss = pooled_loss("pkt", own, other)
-    (gradient,) = torch.autograd.grad(loss, own)
-    given = [x.detach().double().numpy() for x in features]
-    assert loss.item() == pytest.approx(reference(*given), rel=1e-5)
-    for place in ((0, 0), (4, 3), (9, 1)):
-        expected = slope(lambda x: reference(x, given[1]), given[0], place)
-        assert gradient[place].item() == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    check_definition("pkt", reference, features, ((0, 0), (4, 3), (9, 1)))
 
 
 def test_turning_the_features_and_scaling_an_image_changes_nothing(features, generator):

@@ -6,7 +6,7 @@ import torch
 from scipy.linalg import orthogonal_procrustes
 
 from hf_ihb.methods.procrustes import nuclear_norm, orthogonal_factor
-from tests.methods.steps import pooled_loss, slope
+from tests.methods.steps import check_definition, pooled_loss
 
 
 def normalised(x):
@@ -27,15 +27,8 @@ def features(request, generator):
 
 
 def test_value_and_gradient_equal_the_distance_after_the_best_rotation(features):
-    own, other = features
-    own.requires_grad_()
-    loss = pooled_loss("procrustes", own, other)
-    (gradient,) = torch.autograd.grad(loss, own)
-    given = [x.detach().double().numpy() for x in features]
-    assert loss.item() == pytest.approx(reference(*given), rel=1e-4)
-    for place in ((0, 0), (2, 3), (3, 1)):
-        expected = slope(lambda x: reference(x, given[1]), given[0], place)
-        assert gradient[place].item() == pytest.approx(expected, rel=2e-3, abs=1e-6)
+    places = (0, 0), (2, 3), (3, 1)
+    check_definition("procrustes", reference, features, places, rel=1e-4, slope_rel=2e-3)
 
 
 def test_the_wider_student_is_compared_the_same_way(features):

@@ -14,7 +14,7 @@ def prepared(trainer, split):
     """Standardised tokens of all training images, of each layer."""
     trainer.prepare_teacher()
     step = trainer.prepare(split.__getitems__(list(range(len(split)))), train=True)
-    return [layer.tokens.double() for layer in step.of_teachers[-1].teacher.layers["standardized"]]
+    return [layer.tokens.double() for layer in (step.of_teachers or (step,))[-1].teacher.layers["standardized"]]
 
 
 @pytest.mark.parametrize("cache", ["off", "tokens"])

@@ -1,7 +1,9 @@
 """Several teachers in one run: what they add up to, what each sees, and what is refused."""
 
 import copy
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -67,6 +69,21 @@ def test_the_gradient_of_several_teachers_is_the_sum_of_those_of_each(
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
     heads = {name.split(".")[1] for name in found if name.startswith("heads.")}
     assert heads == ({"ofa_1", "token_2"} if projector == "none" else {"token_2", "cka_2", "gram_3"})
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_step_is_gone_when_nobody_holds_it(count, make_several, make_teacher, train_split):
+    """One that named itself would keep its tensors until the garbage collector comes."""
+    trainer = make_several([make_teacher() for _ in range(count)], teacher_models=[LOGITS, STRUCTURE][:count])
+    trainer.prepare_teacher()
+    step = trainer.prepare(train_split.__getitems__(list(range(8))), train=True)
+    kept = weakref.ref(step)
+    gc.disable()
+    try:
+        del step
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_class_scores_of_two_teachers_share_the_labels_weight(make_several, make_teacher, train_split):
