@@ -207,7 +207,8 @@ def _layouts(
             kind, prefix, width = ("map_last" if own else "map"), 0, state.shape[3 if own else 1]
         elif state.ndim == 3:
             is_known = patches is not None and patches.stop == state.shape[1]
-            grid = _grid_of_patches(len(patches), size) if is_known else _grid_of_tokens(state.shape[1], maps, size)
+            count, find = (len(patches), _grid_of_patches) if is_known else (state.shape[1], _grid_of_tokens)
+            grid = find(count, maps, size)
             kind, prefix, width = "tokens", state.shape[1] - grid[0] * grid[1], state.shape[2]
         else:
             raise ValueError(f"expected states of tokens or maps, found one of shape {tuple(state.shape)}")
@@ -226,11 +227,12 @@ def _is_channels_last(state: Tensor, size: tuple[int, int]) -> bool | None:
     return None if math.isclose(last, first) else last < first
 
 
-def _grid_of_patches(count: int, size: tuple[int, int]) -> tuple[int, int]:
-    """The grid of so many patches whose shape is nearest to that of the images."""
-    grids = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
-    grid = min(grids, key=lambda g: _skew(g, size))
-    if not _fits_shape(grid, size):
+def _grid_of_patches(count: int, maps: Sequence[torch.Size], size: tuple[int, int]) -> tuple[int, int]:
+    """Of so many patches the map that was seen, else any grid; the one whose shape is nearest to that of the images."""
+    seen = {tuple(shape[2:]) for shape in maps if shape[2] * shape[3] == count}
+    grids = seen or {(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0}
+    grid = min(sorted(grids), key=lambda g: _skew(g, size))
+    if not seen and not _fits_shape(grid, size):
         raise ValueError(f"{count} patches form no grid of the shape of {size[0]} x {size[1]} px images")
     return grid
 

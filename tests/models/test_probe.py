@@ -100,3 +100,10 @@ def test_an_image_that_no_patch_covers_whole_has_its_patches_found(generator):
     pixels = torch.randn(1, 3, 37, 37, generator=generator)  # 4 x 4 patches of 8 px, and 5 px that nobody sees
     _, (found,) = extract_features(model, pixels, [-1], interpolate_pos_encoding=True)
     assert (found.grid, found.num_prefix_tokens) == ((4, 4), 1)
+
+
+@torch.no_grad()
+def test_patches_that_are_not_square_lie_as_the_network_lays_them(generator):
+    model = ViTModel(ViTConfig(image_size=32, **SHAPE | {"patch_size": (8, 4)})).eval()
+    _, (found,) = extract_features(model, torch.randn(1, 3, 32, 32, generator=generator), [-1])
+    assert (found.grid, found.num_prefix_tokens) == ((4, 8), 1)
