@@ -4,16 +4,47 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from queue import Queue
+from typing import IO, Any, Self
 
 from hf_ihb.errors import CheckpointError
 
 MANIFEST_FILE = "manifest.json"
 _FORMAT = 1
 _THREADS = 8
+_SYNC_EVERY = 2**23  # bytes: a disk that begins when a file is whole makes one wait for all of it
+_PART = 2**20  # bytes that are handed on to be hashed
+_PARTS = 64  # that may wait for it
+
+
+class HashedFile:
+    """A new file that is only added to, as by `torch.save`: what is written is handed on in parts.
+
+    Args:
+        stream: Of the file.
+        hand_on: Takes a part that was written.
+    """
+
+    def __init__(self, stream: IO[bytes], hand_on: Callable[[bytearray], Any]) -> None:
+        self._stream, self._hand_on, self._held = stream, hand_on, bytearray()
+
+    def write(self, data: Any) -> int:
+        """Adds bytes; they may change afterwards."""
+        self._held += data
+        if len(self._held) >= _PART:
+            self.flush()
+        return len(data)
+
+    def flush(self) -> None:
+        """Writes everything."""
+        held, self._held = self._held, bytearray()
+        self._stream.write(held)
+        self._stream.flush()
+        self._hand_on(held)
 
 
 class Sealing:
@@ -36,6 +67,33 @@ class Sealing:
             if path not in self._facts:
                 self._synced.append(self._pool.submit(_sync, path))
                 self._facts[path] = self._pool.submit(_facts, path)
+
+    @contextmanager
+    def written(self, path: Path) -> Iterator[HashedFile]:
+        """Hashes a file and sees it to the disk while it is written, from its first byte to its last, in the ``with``.
+
+        Its hash is that of what was to be written: a write that went wrong without a word is found when it is verified.
+        """
+        parts: Queue = Queue(_PARTS)
+        digest = self._pool.submit(_sha256_of, iter(parts.get, None))
+        size = 0
+
+        def hand_on(part: bytearray) -> None:
+            nonlocal size
+            parts.put(part)
+            if size // _SYNC_EVERY < (size + len(part)) // _SYNC_EVERY:
+                self._synced.append(self._pool.submit(_sync, path))
+            size += len(part)
+
+        try:
+            with path.open("wb") as stream:
+                hashed = HashedFile(stream, hand_on)
+                yield hashed
+                hashed.flush()
+        finally:
+            parts.put(None)
+        self._synced.append(self._pool.submit(_sync, path))
+        self._facts[path] = self._pool.submit(lambda: {"bytes": size, "sha256": digest.result()})
 
     def facts(self, folder: Path) -> dict[str, Any]:
         """Size and hash of each file of a folder, by its name in it.
@@ -144,6 +202,13 @@ def _facts(path: Path) -> dict[str, Any]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sha256_of(parts: Iterable[bytearray]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def _digest(content: Any) -> str:

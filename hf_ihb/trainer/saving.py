@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
+from torch.utils.serialization import config as torch_files
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from transformers.utils import logging
+from transformers.utils import is_sagemaker_mp_enabled, is_torch_xla_available, logging
 
 from hf_ihb.checkpoint import STAGING_FOLDER, checkpoints_of, readable_checkpoint
 from hf_ihb.errors import CheckpointError, HfIhbError
@@ -85,11 +86,27 @@ def _stage(trainer: Trainer, staged: Path, final: Path, sealing: Sealing) -> Non
         if best == final or best.is_dir():
             state.best_model_checkpoint = str(best)
     if not trainer.args.save_only_model:
-        trainer._save_optimizer_and_scheduler(str(staged))
+        _save_optimizer(trainer, staged, sealing)
         trainer._save_scaler(str(staged))
         trainer._save_rng_state(str(staged))
     if trainer.args.should_save:
         _write_state(trainer, staged / TRAINER_STATE_NAME)
+
+
+def _save_optimizer(trainer: Trainer, staged: Path, sealing: Sealing) -> None:
+    """What `Trainer._save_optimizer_and_scheduler` writes, hashed meanwhile: it is most of a checkpoint.
+
+    Its parts have no check sums of their own beside the file's hash: that takes a third of the writing. Where the
+    method is not Trainer's, or weights are sharded, it is called itself.
+    """
+    own = type(trainer)._save_optimizer_and_scheduler is not Trainer._save_optimizer_and_scheduler
+    elsewhere = is_torch_xla_available() or is_sagemaker_mp_enabled()
+    if own or elsewhere or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        trainer._save_optimizer_and_scheduler(str(staged))
+    elif trainer.args.should_save:
+        for name, part in ((OPTIMIZER_NAME, trainer.optimizer), (SCHEDULER_NAME, trainer.lr_scheduler)):
+            with sealing.written(staged / name) as stream, torch_files.patch({"save.compute_crc32": False}):
+                torch.save(part.state_dict(), stream)
 
 
 def _write_state(trainer: Trainer, path: Path) -> None:
@@ -189,7 +206,7 @@ def _room(final: Path, needed: int, what: str) -> str:
 def bytes_of(trainer: Trainer) -> int:
     """About what a checkpoint takes: weights and what the optimizer keeps of them."""
     module = trainer.accelerator.unwrap_model(trainer.model)
-    total = sum(t.numel() * t.element_size() for t in module.state_dict().values())
+    total = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
     total *= 2 if getattr(trainer.args, "ema_decay", 0) or getattr(trainer.args, "swa_start", None) is not None else 1
     if trainer.args.save_only_model or trainer.optimizer is None:
         return total

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import random
 import shutil
@@ -5,7 +6,7 @@ import shutil
 import pytest
 
 from hf_ihb.errors import CheckpointError
-from hf_ihb.storage import MANIFEST_FILE, publish, read_manifest, verify, write_manifest
+from hf_ihb.storage import MANIFEST_FILE, Sealing, publish, read_manifest, verify, write_manifest
 
 
 @pytest.fixture
@@ -54,6 +55,35 @@ def test_every_flipped_bit_and_every_cut_is_noticed(name, folder):
                 verify(folder)
     path.write_bytes(whole)
     assert verify(folder) is not None
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**20 - 1, 2**20, 9 * 2**20 + 3])
+def test_what_is_hashed_while_it_is_written_is_the_file(size, tmp_path):
+    generator, path = random.Random(size), tmp_path / "file"
+    content = generator.randbytes(size)
+    with Sealing() as sealing:
+        with sealing.written(path) as stream:
+            at, buffer = 0, bytearray(2**21)  # whose bytes are others' as soon as they are written
+            while at < size:
+                end = min(size, at + generator.choice([1, 100, 2**18, 2**21]))
+                buffer[: end - at] = content[at:end]
+                assert stream.write(memoryview(buffer)[: end - at]) == end - at
+                at = end
+        facts = sealing.facts(tmp_path)
+        write_manifest(tmp_path, {}, sealing)
+    assert path.read_bytes() == content
+    assert facts == {"file": {"bytes": size, "sha256": hashlib.sha256(content).hexdigest()}}
+    assert verify(tmp_path) is not None
+
+
+def test_a_write_that_fails_is_not_waited_for(tmp_path):
+    def write():
+        with Sealing() as sealing, sealing.written(tmp_path / "file") as stream:
+            stream.write(bytes(2**21))
+            raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        write()
 
 
 def test_a_manifest_of_another_folder_is_not_taken(folder, tmp_path):

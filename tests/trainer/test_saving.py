@@ -195,6 +195,35 @@ def test_checkpoints_of_weights_alone_are_not_gone_on_from(make_trainer):
 # ---- As a mixin of anybody's trainer ----
 
 
+def test_states_are_saved_as_trainer_saves_them(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=1)
+    trainer.train()
+    (tmp_path / "plain").mkdir()
+    Trainer._save_optimizer_and_scheduler(trainer, str(tmp_path / "plain"))
+    for name in ("optimizer.pt", "scheduler.pt"):
+        ours, theirs = (
+            torch.utils._pytree.tree_flatten(torch.load(folder / name, weights_only=True))
+            for folder in (tmp_path / "run" / "checkpoint-1", tmp_path / "plain")
+        )
+        assert ours[1] == theirs[1]
+        for one, other in zip(ours[0], theirs[0], strict=True):
+            assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def test_a_users_way_to_save_states_is_called(make_trainer, monkeypatch, tmp_path):
+    trainer, called = make_trainer(max_steps=1), []
+
+    class Own(type(trainer)):
+        def _save_optimizer_and_scheduler(self, output_dir):
+            called.append(output_dir)
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    trainer.__class__ = Own
+    trainer.train()
+    assert called
+    check_checkpoint(tmp_path / "run" / "checkpoint-1")
+
+
 class SafeTrainer(CrashSafeCheckpoints, Trainer):
     pass
 
