@@ -16,6 +16,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from hf_ihb.errors import RecipeError
+from hf_ihb.trainer.optimization import hold_back, let_go
 
 logger = logging.get_logger(__name__)
 
@@ -32,14 +33,19 @@ class Hooks(TrainerCallback):
         self._skipped = 0
         self.trainer._begin_training(train_dataloader)
 
-    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def on_optimizer_step(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """After the optimizer's step, or after a GradScaler has left it out."""
+        let_go(optimizer)
         self._skipped += self.trainer.accelerator.optimizer_step_was_skipped
 
-    def on_pre_optimizer_step(self, args: TrainingArguments, *others: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, *others: Any, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         """After the backward pass."""
         if args.device.type == "cpu":
             self.trainer._check_finite()
+        else:
+            hold_back(optimizer, self.trainer.loss_log.spoiled())
 
     def on_evaluate(
         self,

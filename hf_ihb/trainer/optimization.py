@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
@@ -72,3 +72,25 @@ def check_schedule(optimizer: Any, scheduler: Any) -> None:
     if scheduler is not None and getattr(scheduler, "optimizer", optimizer) is not optimizer:
         found = "without one" if optimizer is None else "of another"
         raise RecipeError(f"optimizers: expected a schedule of the optimizer beside it, found one {found}")
+
+
+def hold_back(optimizer: Any, spoiled: Tensor | None) -> None:
+    """Makes the next step of an optimizer one that changes nothing, if a flag on its device is 1.
+
+    Fused optimizers of torch read such a flag for GradScaler, and nobody waits for it. Others read none and step on: to
+    leave them out one would have to wait.
+
+    Args:
+        optimizer: Maybe wrapped by Accelerate.
+        spoiled: Scalar, 0 or 1; None for no flag.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if spoiled is None or not isinstance(inner, torch.optim.Optimizer):
+        return
+    if all(group.get("fused") for group in inner.param_groups):
+        inner.found_inf = spoiled
+
+
+def let_go(optimizer: Any) -> None:
+    """Takes the flag off again: a step of somebody else's would read it."""
+    vars(getattr(optimizer, "optimizer", optimizer)).pop("found_inf", None)

@@ -125,7 +125,7 @@ class SupervisedTrainer(Trainer):
 
         Raises:
             CheckpointError: If there is none that verifies, or it was trained with other settings.
-            NumericsError: If a loss or gradient is not finite; on a CPU the optimizer has not stepped on it.
+            NumericsError: If a loss or gradient is not finite; nothing of it is saved, see `LossLog.check_finite`.
             Preempted: If it was told to end (SIGTERM); it has saved its last step.
             ProcessLostError: If another process of the training ended.
         """
@@ -163,7 +163,8 @@ class SupervisedTrainer(Trainer):
         loss, components = self.training_losses(outputs, step)
         if outputs.cls_logits is not None:  # a head that no loss uses gets a gradient as well: DDP counts on it
             loss = loss + 0 * (outputs.cls_logits.mean() + outputs.distillation_logits.mean())
-        self.loss_log.record(loss, components, len(step.labels) * self.args.world_size, inputs.get("index"))
+        of, images = self.state.global_step, len(step.labels) * self.args.world_size
+        self.loss_log.record(of, loss, components, images, inputs.get("index"))
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
     def prepare(self, inputs: dict[str, Any], train: bool) -> Step:
@@ -197,11 +198,11 @@ class SupervisedTrainer(Trainer):
         return self.state.max_steps / self._steps_per_epoch
 
     def _check_finite(self) -> None:
-        self.loss_log.check_finite(self.state.global_step, self.args.output_dir)
+        self.loss_log.check_finite(self.args.output_dir)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        self.loss_log.record_gradient(grad_norm, self.accelerator.scaler)
+        self.loss_log.record_gradient(self.state.global_step, grad_norm, self.accelerator.scaler)
         return grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

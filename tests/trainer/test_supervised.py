@@ -536,11 +536,51 @@ def test_a_nan_ends_the_run_in_its_step_or_before_anything_is_logged_or_saved(de
     hooks = next(c for c in trainer.callback_handler.callbacks if isinstance(c, callbacks.Hooks))
     pretended = SimpleNamespace(device=torch.device(device))
     checked = hooks.on_pre_optimizer_step
-    monkeypatch.setattr(hooks, "on_pre_optimizer_step", lambda *args, **kwargs: checked(pretended))
+    monkeypatch.setattr(hooks, "on_pre_optimizer_step", lambda *args, **kwargs: checked(pretended, **kwargs))
     with pytest.raises(NumericsError, match="expected a finite loss, found NaN or Inf"):
         trainer.train()
     assert steps == ([0, 1] if device == "cpu" else [0, 1, 2])  # elsewhere at the checkpoint of step 3
     assert not list(Path(trainer.args.output_dir).glob("checkpoint-*/model.safetensors"))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_on_an_accelerator_a_fused_optimizer_makes_no_step_after_one_that_is_not_finite(
+    what, accumulation, make_trainer, monkeypatch
+):
+    settings = {
+        "lr_scheduler_type": "constant", "optim": "adamw_torch_fused", "gradient_accumulation_steps": accumulation,
+        "per_device_train_batch_size": 4, "save_strategy": "no", "logging_steps": 100,
+    }  # fmt: skip
+    expected = make_trainer(max_steps=2, **settings)
+    expected.train()
+    trainer = make_trainer(max_steps=6, **settings)
+    seen, losses = [], trainer.training_losses
+
+    def broken(outputs, step):
+        loss, parts = losses(outputs, step)
+        if trainer.state.global_step == 2:
+            seen.append(step.inputs["index"].tolist())
+        if trainer.state.global_step != 2 or len(seen) < accumulation:
+            return loss, parts
+        bad = torch.nan if what == "loss" else (outputs.logits * 0).sum().sqrt()  # whose gradient is 0 / 0
+        return loss + bad, parts
+
+    monkeypatch.setattr(trainer, "training_losses", broken)
+    hooks = next(c for c in trainer.callback_handler.callbacks if isinstance(c, callbacks.Hooks))
+    pretended, checked = SimpleNamespace(device=torch.device("cuda")), hooks.on_pre_optimizer_step
+    monkeypatch.setattr(hooks, "on_pre_optimizer_step", lambda *args, **kwargs: checked(pretended, **kwargs))
+    with pytest.raises(NumericsError) as caught:
+        trainer.train()
+    named = seen[-1] if what == "loss" else [number for batch in seen for number in batch]
+    line = str(caught.value)
+    assert line.startswith(f"step 3: expected a finite {what}, found NaN or Inf (task_loss ")
+    assert f"with training images {', '.join(map(str, named))};" in line
+    assert_same_state(state(trainer.student), state(expected.student))
+    optimizers = [x.optimizer.optimizer.state_dict()["state"] for x in (trainer, expected)]
+    for one, other in zip(*(torch.utils._pytree.tree_leaves(x) for x in optimizers), strict=True):
+        assert torch.equal(one, other)
+    assert not hasattr(trainer.optimizer.optimizer, "found_inf")
 
 
 @pytest.mark.parametrize(("architecture", "wanted"), [("resnet18_cifar_w16", True), ("deit", False)])
