@@ -19,6 +19,11 @@ _CONSTANT = 1e-6
 _TINY = 1e-12  # in the place of a divisor of 0, where what it divides is 0
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """float64 where the device of x has it."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
 def share_sums(x: Tensor, mask: Tensor | None) -> Tensor:
     """``(..., 5)`` sums of the shares of the rows of x, to the powers 0 (rows that take part) to 4."""
     if mask is None:
@@ -102,7 +107,14 @@ class _Estimate(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """What HSIC needs of two centred kernels K and L; each but the sums for the pairs (K, L), (K, K) and (L, L)."""
+    """What HSIC needs of two centred kernels K and L; the first three for the pairs (K, L), (K, K) and (L, L).
+
+    Attributes:
+        inners: ``(...)`` each, the Frobenius inner product.
+        products: Sum of the products of both diagonals.
+        traces: Product of both traces.
+        sums: ``(..., 5)`` of the shares of rows, see `share_sums`.
+    """
 
     inners: Sequence[Tensor]
     products: Sequence[Tensor]
@@ -133,6 +145,64 @@ def gram_moments(gram_x: Tensor, gram_y: Tensor, sums: Tensor) -> Moments:
         [a.sum(dim=-1) * b.sum(dim=-1) for a, b in diagonals],
         sums,
     )
+
+
+def kernel_moments(kernel_x: Tensor, kernel_y: Tensor, share: Tensor | None, rounding: float = 0.0) -> Moments:
+    """Of kernels that are not centred: what centring does to the sums is worked out without making centred ones.
+
+    The debiased estimator does not depend on diagonals (where all shares are 0 or 1), and a row far from all others has
+    an entry there whose rounding would drown the rest: diagonals are kept apart, and what cancels is added in float64.
+
+    Args:
+        kernel_x: ``(..., N, N)``, rows and columns multiplied by the roots of their shares.
+        kernel_y: ``(..., N, N)``, likewise.
+        share: ``(..., N)`` of each row; None for all.
+        rounding: The second kernel is constant if centring leaves less than this share of it, in root mean square.
+    """
+    root = torch.ones_like(kernel_x[..., 0]) if share is None else share.sqrt()
+    others = 1 - torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
+    wide = wide_dtype(root)
+    whole = root.to(wide).square().sum(dim=-1, keepdim=True).clamp_min(_TINY)
+    parts = [_of_kernel(kernel, others, root, whole) for kernel in (kernel_x, kernel_y)]
+    pairs = ((parts[0], parts[1]), (parts[0], parts[0]), (parts[1], parts[1]))
+    raw = [
+        torch.linalg.vecdot(a.kernel.flatten(-2), b.kernel.flatten(-2)).to(wide) + (a.diagonal * b.diagonal).sum(dim=-1)
+        for a, b in pairs
+    ]
+    cross = [(a.rows * b.rows).sum(dim=-1, keepdim=True) for a, b in pairs]
+    inners = [
+        r - (2 * c / whole - a.total * b.total / whole.square()).squeeze(-1)
+        for r, c, (a, b) in zip(raw, cross, pairs, strict=True)
+    ]
+    if rounding > 0:
+        is_there = (inners[2] > rounding**2 * raw[2]).to(wide)
+        inners = [inners[0] * is_there, inners[1], inners[2] * is_there]
+    return Moments(
+        inners,
+        [(a.centered * b.centered).sum(dim=-1) for a, b in pairs],
+        [a.centered.sum(dim=-1) * b.centered.sum(dim=-1) for a, b in pairs],
+        share_sums(root[..., None].to(wide), share),
+    )
+
+
+class _OfKernel(NamedTuple):
+    """A kernel without its diagonal, which is apart; sums over its rows and of all; and its centred diagonal."""
+
+    kernel: Tensor
+    diagonal: Tensor
+    rows: Tensor
+    total: Tensor
+    centered: Tensor
+
+
+def _of_kernel(kernel: Tensor, others: Tensor, root: Tensor, whole: Tensor) -> _OfKernel:
+    wide = whole.dtype
+    diagonal, kernel = kernel.diagonal(dim1=-2, dim2=-1).to(wide), kernel * others
+    wide_root = root.to(wide)
+    rows = (kernel @ root[..., None]).squeeze(-1).to(wide) + diagonal * wide_root
+    total = (rows * wide_root).sum(dim=-1, keepdim=True)
+    centered = diagonal - 2 * wide_root * rows / whole + wide_root.square() * total / whole.square()
+    return _OfKernel(kernel, diagonal, rows, total, centered)
 
 
 def feature_moments(x: Tensor, y: Tensor, sums: Tensor, reduce: Reduce | None) -> Moments:

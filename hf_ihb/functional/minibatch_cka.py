@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_ihb.functional.hsic import hsic_of_sums
-from hf_ihb.functional.similarity import _CONSTANT, _centered_rbf_gram, _float, _squared_distances_of
+from hf_ihb.functional.similarity import _CONSTANT, _centered_kernel, _float, _rbf_kernel, _squared_distances_of
 
 Kernel = Literal["linear", "rbf"]
 
@@ -139,7 +139,8 @@ class MinibatchCKA:
             if "linear" in grams:
                 grams["linear"].copy_(inner).mul_(scale.cpu().double().square())
             if "rbf" in grams:
-                gram = grams["rbf"].copy_(_centered_rbf_gram(_squared_distances_of(inner), None, self.bandwidth))
+                kernel = _rbf_kernel(_squared_distances_of(inner), None, self.bandwidth)
+                gram = grams["rbf"].copy_(_centered_kernel(kernel, None))
                 if not gram.trace() > 0:  # it has no median distance
                     gram.fill_(torch.nan)
 

@@ -13,12 +13,21 @@ import torch
 from torch import Tensor
 
 from hf_ihb.functional.gram import TokenGram
-from hf_ihb.functional.hsic import Estimator, Reduce, feature_moments, gram_moments, share_sums
+from hf_ihb.functional.hsic import (
+    Estimator,
+    Reduce,
+    feature_moments,
+    gram_moments,
+    kernel_moments,
+    share_sums,
+    wide_dtype,
+)
 from hf_ihb.functional.tokens import unit_rows
 
 # Centred features smaller than this share of the raw ones are rounding noise: the features are constant.
 _CONSTANT = 1e-6
 _CONSTANT_GRAM = 1e-3
+_FEW_ROWS = 64  # whose inner products are cheap, whatever the widths are
 _TINY = 1e-12  # in the place of a divisor of 0, where what it divides is 0
 
 
@@ -86,6 +95,31 @@ def _centered(x: Tensor, mask: Tensor | None, reduce: Reduce | None = None) -> T
     return centered * factor
 
 
+def _shifted(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Features minus one vector, scaled to unit root mean square; constant features and rows left out become zero.
+
+    Each row is multiplied by the root of its share. For kernels that are centred afterwards any vector will do. This
+    one is a mean in which rows count by the inverse of their squared distance to the mean: close to most rows, however
+    far some are, so that what tells those apart is not rounded off. It is a constant to autograd, as the scale is.
+    """
+    if mask is not None:
+        x = x.masked_fill((mask == 0)[..., None], 0)
+    with torch.no_grad():
+        share = torch.ones_like(x[..., :1]) if mask is None else mask[..., None].to(x.dtype)
+        count = share.sum(dim=-2, keepdim=True).clamp_min(_TINY)
+        largest = x.abs().amax(dim=(-2, -1), keepdim=True)
+        unit = torch.where(largest == 0, 1, largest)
+        mean = (x * share).sum(dim=-2, keepdim=True) / count
+        distance = ((x - mean) / unit).square().sum(dim=-1, keepdim=True)
+        weight = share / (distance + 1e-3 * (share * distance).sum(dim=-2, keepdim=True) / count + _TINY)
+        center = (x * weight).sum(dim=-2, keepdim=True) / weight.sum(dim=-2, keepdim=True).clamp_min(_TINY)
+        away = (x - center) * (share > 0)
+        size = away.abs().amax(dim=(-2, -1), keepdim=True)
+        scale = size * (away / torch.where(size == 0, 1, size)).square().mean(dim=(-2, -1), keepdim=True).sqrt()
+        factor = torch.where(size <= _CONSTANT * largest, 0, 1 / scale) * share.sqrt()
+    return (x - center) * factor
+
+
 def centered_gram(x: Tensor, mask: Tensor | None = None) -> Tensor:
     """Gram matrix ``H X X^T H`` of features up to scale, H the centring matrix over rows.
 
@@ -111,6 +145,21 @@ def _centered_features_gram(x: Tensor | TokenGram, mask: Tensor | None) -> Tenso
     centered = _centered_kernel(x.centered, mask)
     largest = [g.abs().amax(dim=(-2, -1), keepdim=True) for g in (centered, x.centered)]
     return torch.where(largest[0] <= _CONSTANT_GRAM * largest[1], 0, centered)
+
+
+def _features_kernel(x: Tensor | TokenGram, mask: Tensor | None) -> Tensor:
+    """``(..., N, N)`` inner products of features up to shift and scale, by the roots of the shares of their rows."""
+    if isinstance(x, TokenGram):
+        return _by_shares(x.centered, mask)
+    shifted = _shifted(x, mask)
+    return shifted @ shifted.mT
+
+
+def _by_shares(kernel: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return kernel
+    root = mask.to(kernel.dtype).sqrt()
+    return torch.where(root[..., None] * root[..., None, :] > 0, kernel, 0) * root[..., None] * root[..., None, :]
 
 
 def _centered_kernel(kernel: Tensor, mask: Tensor | None) -> Tensor:
@@ -160,14 +209,21 @@ def linear_cka(
     """
     x, y = _checked(x, y, mask, estimator)
     with torch.autocast(x.device.type, enabled=False):
-        if isinstance(y, TokenGram):
-            grams = (_centered_features_gram(x, mask), _centered_features_gram(y, mask))
+        if isinstance(y, TokenGram) or (reduce is None and _by_rows(x, y, estimator)):
+            if estimator == "debiased":
+                kernels = [_features_kernel(features, mask) for features in (x, y)]
+                rounding = _CONSTANT_GRAM if isinstance(y, TokenGram) else 0.0
+                return kernel_moments(*kernels, _shares(x, mask), rounding).cka(estimator).to(x.dtype)
+            grams = [_centered_features_gram(features, mask) for features in (x, y)]
             return gram_moments(*grams, share_sums(x, mask)).cka(estimator)
         x, y = _centered(x, mask, reduce), _centered(y, mask, reduce)
-        sums, (rows, p), q = share_sums(x, mask), x.shape[-2:], y.shape[-1]
-        if reduce is None and rows * (p + q) <= p**2 + q**2 + p * q:  # the Gram form is cheaper
-            return gram_moments(x @ x.mT, y @ y.mT, sums).cka(estimator)
-        return feature_moments(x, y, sums, reduce).cka(estimator)
+        return feature_moments(x, y, share_sums(x, mask), reduce).cka(estimator)
+
+
+def _by_rows(x: Tensor, y: Tensor, estimator: Estimator) -> bool:
+    """Whether inner products of rows are cheaper than those of channels, or cheap enough to be more exact."""
+    (rows, p), q = x.shape[-2:], y.shape[-1]
+    return rows * (p + q) <= p**2 + q**2 + p * q or (estimator == "debiased" and rows <= _FEW_ROWS)
 
 
 def rbf_cka(
@@ -201,15 +257,18 @@ def rbf_cka(
     x, y = _checked(x, y, mask, estimator)
     with torch.autocast(x.device.type, enabled=False):
         taken = None if mask is None else mask > 0
-        grams = [_centered_rbf_gram(_squared_distances(features, taken), mask, bandwidth) for features in (x, y)]
-        return gram_moments(*grams, share_sums(x, mask)).cka(estimator)
+        kernels = [_rbf_kernel(_squared_distances(features, taken), mask, bandwidth) for features in (x, y)]
+        if estimator == "debiased":  # all but a trace of such a kernel may be subtracted
+            kernels = [kernel.to(wide_dtype(kernel)) for kernel in kernels]
+        grams = [_centered_kernel(kernel, mask) for kernel in kernels]
+        return gram_moments(*grams, share_sums(grams[0], mask)).cka(estimator).to(x.dtype)
 
 
 def _squared_distances(x: Tensor | TokenGram, mask: Tensor | None) -> Tensor:
     """``(..., N, N)`` between rows, up to scale."""
     if not isinstance(x, TokenGram):  # of differences: those of inner products drown beside an outlier
-        centered = _centered(x, mask)
-        return torch.cdist(centered, centered, compute_mode="donot_use_mm_for_euclid_dist").square()
+        shifted = _shifted(x, mask)
+        return torch.cdist(shifted, shifted, compute_mode="donot_use_mm_for_euclid_dist").square()
     return _squared_distances_of(_centered_features_gram(x, mask))
 
 
@@ -219,7 +278,7 @@ def _squared_distances_of(inner: Tensor) -> Tensor:
     return (lengths[..., :, None] + lengths[..., None, :] - 2 * inner).clamp_min(0)
 
 
-def _centered_rbf_gram(squared: Tensor, mask: Tensor | None, bandwidth: float) -> Tensor:
+def _rbf_kernel(squared: Tensor, mask: Tensor | None, bandwidth: float) -> Tensor:
     """Of squared distances; zero where half of them are 0."""
     pairs = (
         torch.ones_like(squared, dtype=torch.bool) if mask is None else (mask[..., :, None] * mask[..., None, :]) > 0
@@ -230,7 +289,7 @@ def _centered_rbf_gram(squared: Tensor, mask: Tensor | None, bandwidth: float) -
     median = torch.where(others, squared.detach(), torch.nan).flatten(-2).nanmedian(dim=-1).values[..., None, None]
     defined = median > 0  # false for NaN: no pair at all
     kernel = torch.exp(-squared / (2 * bandwidth**2 * torch.where(defined, median, 1)))
-    return _centered_kernel(torch.where(pairs & defined, kernel, 0), mask)
+    return torch.where(pairs & defined, kernel, 0)
 
 
 def published_cka(x: Tensor, y: Tensor | TokenGram, *, mask: Tensor | None = None) -> Tensor:

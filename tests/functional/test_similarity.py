@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_ihb.functional.hsic import hsic
+from hf_ihb.functional.hsic import gram_moments, hsic, kernel_moments, share_sums
 from hf_ihb.functional.similarity import (
     center_positions,
     centered_gram,
@@ -55,7 +55,7 @@ def hsic_of_features(x, y, estimator):
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize(("rows", "width_x", "width_y"), [(6, 40, 30), (60, 5, 7), (20, 20, 3), (12, 1, 50), (4, 9, 9)])
+@pytest.mark.parametrize(("rows", "width_x", "width_y"), [(6, 40, 30), (90, 5, 7), (20, 20, 3), (12, 1, 50), (4, 9, 9)])
 def test_cka_equals_the_textbook_formula_in_gram_and_in_feature_form(generator, estimator, rows, width_x, width_y):
     x = 2 + randn(generator, rows, width_x)
     y = randn(generator, rows, width_y) + x[:, :1]
@@ -181,6 +181,40 @@ def test_debiased_cka_of_independent_rows_with_shares_is_zero_on_average(generat
     assert found.mean().abs() < 4 * found.std() / 4000**0.5
     assert linear_cka(x, y, mask=shares.expand(4000, 12)).mean() > 0.2
     assert found.std() < 0.3
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_sums_of_kernels_are_those_of_centred_kernels(shared, generator):
+    x, y = (5 + randn(generator, 3, 12, width) for width in (4, 7))
+    share = torch.rand(3, 12, generator=generator, dtype=torch.float64) if shared else None
+    if shared:
+        share[:, :2], share[1, 5] = torch.tensor([0.0, 1.0]).double(), 0
+    root = torch.ones(3, 12, dtype=torch.float64) if share is None else share.sqrt()
+    mean = (root.square()[..., None] * x).sum(dim=1, keepdim=True), (root.square()[..., None] * y).sum(1, keepdim=True)
+    centered = [
+        (f - m / root.square().sum(dim=1)[:, None, None]) * root[..., None] for f, m in zip((x, y), mean, strict=True)
+    ]
+    raw = [f * root[..., None] for f in (x, y)]
+    found = kernel_moments(*(f @ f.mT for f in raw), share)
+    expected = gram_moments(*(f @ f.mT for f in centered), share_sums(x, share))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.stack(tuple(one)), torch.stack(tuple(other)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("other", [3, 7])
+def test_a_row_far_from_all_others_does_not_drown_them_in_float32(other, masked, generator):
+    x, y = (torch.randn(40, width, generator=generator) for width in (24, 32))
+    x[3, 5], y[other, 0] = 1e3, 1e3
+    mask = torch.ones(40) if masked else None
+    x.requires_grad_()
+    found = linear_cka(x, y, "debiased", mask=mask)
+    exact = x.detach().double().requires_grad_()
+    expected = linear_cka(exact, y.double(), "debiased")
+    assert expected.item() == pytest.approx(reference_cka(x.detach(), y, "debiased"), abs=1e-9)
+    assert found.item() == pytest.approx(expected.item(), abs=1e-5)
+    gradients = [torch.autograd.grad(value, of)[0].double() for value, of in ((found, x), (expected, exact))]
+    assert (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[1].norm()
 
 
 def test_cka_hardly_changes_where_a_share_does(generator):
