@@ -28,7 +28,7 @@ from small_runs import begin_with, table, write
 from hf_ihb.functional.similarity import gram_distance, linear_cka, published_cka, rbf_cka
 from hf_ihb.functional.tokens import correlation_divergence, token_cosine_distance
 from hf_ihb.methods import METHODS
-from tests.methods.steps import BATCH, CLASSES, TOKENS, WIDTH, example, head_of, keys_of, method, scalar
+from tests.methods.steps import BATCH, CLASSES, TOKENS, WIDTH, attention_of, example, head_of, keys_of, method, scalar
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = 1e-5
@@ -116,6 +116,8 @@ def method_fault(kind: Any, x: Tensor, dtype: torch.dtype) -> str:
     outputs, step = example(kind, dtype=dtype)
     tokens = x.repeat(BATCH, 1, 1).to(dtype).requires_grad_()
     outputs.features, outputs.final_tokens, outputs.logits = (tokens,), tokens, tokens[:, 0, :CLASSES]
+    if outputs.attentions is not None:
+        outputs.attentions = (attention_of(tokens, torch.zeros_like(outputs.attentions[0])),)
     if (head := head_of(kind, dtype=dtype)) is not None:
         outputs.method_heads = {kind.name: head(outputs, step.teacher)}
     value = scalar(kind.loss(outputs, step))

@@ -10,8 +10,8 @@ from hf_ihb.config.fields import NON_NEGATIVE, POSITIVE, key
 from hf_ihb.methods.logits import LogitMethod
 from hf_ihb.step import Needs, Step
 
-# squared lengths below this are those of probabilities that are all the same, whose correlation is 0
-_TINY = 1e-16
+# probabilities that deviate by less, in root mean square, are the same but for the rounding of their mean
+_ROUNDING = 1e-7
 
 
 @dataclass
@@ -75,7 +75,11 @@ def _above_uniform(logits: Tensor) -> Tensor:
 
 
 def _correlation(x: Tensor, y: Tensor, dim: int) -> Tensor:
-    """Pearson's correlation of two ``(B, K)`` along a dimension."""
-    x, y = (z - z.mean(dim=dim, keepdim=True) for z in (x, y))
-    own, other = (z.square().sum(dim=dim).clamp_min(_TINY) for z in (x, y))
-    return (x * y).sum(dim=dim) * own.rsqrt() * other.rsqrt()
+    """Pearson's correlation of two ``(B, K)`` along a dimension; 0, without a gradient, where one is constant."""
+    units = []
+    for z in (x, y):
+        deviation = z - z.mean(dim=dim, keepdim=True)
+        squared = deviation.square().sum(dim=dim, keepdim=True)
+        varies = squared > z.shape[dim] * _ROUNDING**2
+        units.append(deviation * torch.where(varies, squared, 1).rsqrt() * varies)
+    return (units[0] * units[1]).sum(dim=dim)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from benchmarks.reliability.degenerate import DTYPES, LOSSES, TOLERANCE, fault, pair
+from benchmarks.reliability.degenerate import DTYPES, LOSSES, TOLERANCE, fault, kinds, method_fault, pair
 from hf_ihb.functional.tokens import token_cosine_distance, unit_rows
+from hf_ihb.methods import METHODS
+from tests.methods.steps import TOKENS, WIDTH, keys_of, method
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -15,6 +17,14 @@ def test_degenerate_matrices_have_a_finite_loss_and_gradient_in_any_precision(na
             found, off = fault(name, x, y, dtype)
             assert not found, (what, found, dtype)
             assert off <= TOLERANCE, (what, off)
+
+
+@pytest.mark.parametrize("kind", METHODS, ids=lambda kind: kind.name)
+def test_a_student_with_degenerate_tokens_has_a_finite_loss_and_gradient_in_any_precision(kind):
+    made = method(kind.name, **keys_of(kind) | {"alpha": 0.5})
+    for what, x in kinds(TOKENS, WIDTH, torch.Generator().manual_seed(0)).items():
+        for dtype in DTYPES:
+            assert not method_fault(made, x, dtype), (what, dtype)
 
 
 @pytest.mark.parametrize(("own", "other"), [(1e-3, 0.0), (1e-7, 1e-7), (0.0, 1.0), (1e-12, 1.0)])
