@@ -17,7 +17,7 @@ quickstart: $(STAMP)  ## train, distil, evaluate, analyse and write a model card
 	PYTHON=$(BIN)/python bash scripts/quickstart.sh
 
 test: $(STAMP)  ## the whole test suite, offline
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 quality: $(STAMP)  ## what CI checks
 	$(BIN)/ruff check .
