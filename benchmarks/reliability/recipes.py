@@ -3,7 +3,8 @@
 python benchmarks/reliability/recipes.py [--examples 5000] [--name NAME]
 
 Recipes and options are made by Hypothesis (`pip install hypothesis`), which makes what fails smaller; the same law as
-`tests/config/test_recipe.py::test_any_recipe_is_parsed_or_refused_in_one_line` has, without it.
+`tests/config/test_recipe.py::test_any_recipe_is_parsed_or_refused_in_one_line` has, without it. Half of the recipes hold
+values of their keys' types and ranges alone, so that many of them parse; a parsed recipe has the values it was given.
 """
 
 import argparse
@@ -17,6 +18,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -24,6 +27,7 @@ from small_runs import begin_with, write
 
 from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.config.data import DataArguments
+from hf_ihb.config.fields import range_of
 from hf_ihb.config.model import ModelArguments, TeacherArguments
 from hf_ihb.config.recipe import parse_recipe
 from hf_ihb.config.run import RunArguments
@@ -37,6 +41,8 @@ SCRIPTS = {
 }
 # they reach outside of the process, or print and end it
 LEFT_OUT = {"deepspeed", "fsdp", "fsdp_config", "parallelism_config", "help"}
+# what becomes of them is decided: nothing is pinned without an accelerator, and transformers has a word for a bool
+RESOLVED = {"dataloader_pin_memory", "include_num_input_tokens_seen"}
 WORDS = ["deit", "linear", "no", "epoch", "structural", "none", "", "nan", "1", "true", "last", "~", "..", "resnet18"]
 
 
@@ -49,37 +55,65 @@ def values() -> st.SearchStrategy:
     )
 
 
-def sources(names: list[str]) -> st.SearchStrategy:
-    """Bytes of a recipe, and options."""
-    some = st.dictionaries(st.sampled_from(names) | st.text(max_size=6), values(), max_size=4)
-    needed = st.sampled_from([{}, {"teacher_model": "somewhere", "cka_weight": 1.0}])
-    whole = st.builds(lambda a, b: json.dumps(a | b).encode(), needed, some)
+def fitting(cls: type, name: str) -> st.SearchStrategy | None:
+    """Values of a key's type, in its range; None for types that few keys have."""
+    hint = get_type_hints(cls)[name]
+    kinds = [x for x in get_args(hint) if x is not NoneType] if get_origin(hint) in (Union, UnionType) else [hint]
+    within = range_of(cls, name)
+    for kind in kinds:
+        if get_origin(kind) is Literal:
+            return st.sampled_from(get_args(kind))
+        if kind is bool:
+            return st.booleans()
+        if kind is int:
+            return st.integers(*(int(max(-4, min(64, x))) for x in (within.low, within.high))) if within else None
+        if kind is float and within:
+            edges = [max(0.0, within.low), min(8.0, within.high)]
+            return st.floats(*edges, exclude_min=within.low_open, exclude_max=within.high_open).map(
+                lambda x: round(x, 3)
+            )
+    return None
+
+
+def sources(classes: tuple[type, ...]) -> st.SearchStrategy:
+    """A recipe's bytes and options, and the values of its keys where it was made to be parsed."""
+    names = sorted({f.name for cls in classes for f in fields(cls) if f.init} - LEFT_OUT)
+    fit = {f.name: fitting(cls, f.name) for cls in classes for f in fields(cls) if f.init and f.name not in LEFT_OUT}
+    fit = {name: values for name, values in fit.items() if values is not None}
+    pairs = st.sampled_from(sorted(fit)).flatmap(lambda name: st.tuples(st.just(name), fit[name]))
+    needed = st.just({"teacher_model": "somewhere", "cka_weight": 1.0} if TeacherArguments in classes else {})
+    sound = st.builds(lambda a, b: a | dict(b), needed, st.lists(pairs, max_size=4))
     option = st.tuples(st.sampled_from(names), st.sampled_from(WORDS) | st.integers().map(str) | st.text(max_size=8))
-    return st.tuples(
-        whole | st.binary(max_size=40) | st.text(max_size=40).map(str.encode), st.lists(option, max_size=2)
-    )
+    some = st.dictionaries(st.sampled_from(names) | st.text(max_size=6), values(), max_size=4)
+    whole = st.builds(lambda a, b: json.dumps(a | b).encode(), st.just({}) | needed, some)
+    broken = whole | st.binary(max_size=40) | st.text(max_size=40).map(str.encode)
+    as_given = sound.map(lambda values: (json.dumps(values).encode(), [], values))
+    return as_given | st.tuples(broken, st.lists(option, max_size=2), st.just({}))
 
 
 def law_of(script: str, examples: int, found: Counter[str]) -> Callable[[], None]:
     """What holds for any recipe of a script; counts what became of each."""
     classes, path = SCRIPTS[script], Path("recipe.json")
-    names = sorted({f.name for cls in classes for f in fields(cls) if f.init} - LEFT_OUT)
 
-    def becomes(made: tuple[bytes, list]) -> str:
-        content, options = made
+    def becomes(made: tuple[bytes, list, dict[str, Any]]) -> str:
+        content, options, sound = made
         path.write_bytes(content)
         try:
             parsed = parse_recipe([str(path), *(x for name, value in options for x in (f"--{name}", value))], *classes)
         except RecipeError as error:
             return "refused" if len(str(error).splitlines()) == 1 else f"refused in lines: {error}"
-        return "parsed" if [type(part) for part in parsed] == list(classes) else "something else"
+        if [type(part) for part in parsed] != list(classes):
+            return "something else"
+        held = {name: getattr(part, name) for part in reversed(parsed) for name in vars(part)}
+        other = {n: held[n] for n, value in sound.items() if held[n] != value and n not in RESOLVED}
+        return f"{sound}: other values {other}" if other else "parsed"
 
     @settings(
         max_examples=examples, deadline=None, database=None, derandomize=True, phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
-    @given(sources(names))
-    def law(made: tuple[bytes, list]) -> None:
+    @given(sources(classes))
+    def law(made: tuple[bytes, list, dict[str, Any]]) -> None:
         kept = dict(os.environ)
         became = becomes(made)
         os.environ.clear()
