@@ -3,8 +3,8 @@
 python benchmarks/reliability/recipes.py [--examples 5000] [--name NAME]
 
 Recipes and options are made by Hypothesis (`pip install hypothesis`), which makes what fails smaller; the same law as
-`tests/config/test_recipe.py::test_any_recipe_is_parsed_or_refused_in_one_line` has, without it. Half of the recipes hold
-values of their keys' types and ranges alone, so that many of them parse; a parsed recipe has the values it was given.
+`tests/config/test_recipe.py::test_any_recipe_is_parsed_or_refused_in_one_line` has, without it. Half of the recipes
+hold values of their keys' types and ranges alone, so that many of them parse; a parsed one has the values it was given.
 """
 
 import argparse
