@@ -12,10 +12,12 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 from transformers.utils import logging
 
 from hf_ihb.analysis import ANALYSES, AnalysisArguments, analyses_of, analyze, draw_analyses
+from hf_ihb.checkpoint import checkpoints_of
 from hf_ihb.config.fields import published_flaws
 from hf_ihb.config.recipe import read_recipe
 from hf_ihb.config.run import RunArguments
@@ -37,6 +39,7 @@ from hf_ihb.runs.folder import (
     RunFolder,
 )
 from hf_ihb.storage import folder_lock
+from hf_ihb.storage.lock import last_holder, launch
 from hf_ihb.trainer import SupervisedTrainer
 from hf_ihb.trainer.callbacks import earlier_seconds
 from hf_ihb.trainer.preemption import together
@@ -84,10 +87,22 @@ def resume_argument(args: TrainingArguments) -> str | bool | None:
     return {"true": True, "false": None, "none": None}.get(str(value).lower(), value)
 
 
+def goes_on_by_itself(args: TrainingArguments, run_args: RunArguments) -> bool:
+    """Whether a launcher has started this run again, and it had left a checkpoint (``torchrun --max_restarts N``).
+
+    Not where it replaces an earlier run, whose checkpoints may still be there.
+    """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 or run_args.overwrite_output_dir:
+        return False
+    ours = launch() is not None and last_holder(Path(args.output_dir)).get("launch") == launch()
+    return broadcast_object_list([ours and bool(checkpoints_of(args.output_dir))])[0]
+
+
 def open_run(args: TrainingArguments, run_args: RunArguments, recipe: Path) -> None:
     """Checks that the run may write to its output folder, before anything is loaded.
 
-    Says so where several processes make the batch another one than the recipe's.
+    A run that its launcher started again goes on from its newest checkpoint. Says so where several processes make the
+    batch another one than the recipe's.
 
     Raises:
         RecipeError: If the folder is a file, holds something that is not ours, or an earlier run that is neither
@@ -99,6 +114,9 @@ def open_run(args: TrainingArguments, run_args: RunArguments, recipe: Path) -> N
     if args.fp16_full_eval or args.bf16_full_eval:
         key = "fp16_full_eval" if args.fp16_full_eval else "bf16_full_eval"
         raise RecipeError(f"key '{key}': expected false in a run, which measures the weights that it saves, found true")
+    if not resume_argument(args) and goes_on_by_itself(args, run_args):
+        args.resume_from_checkpoint = "true"
+        logger.warning(f"started again by its launcher: going on from the newest checkpoint in {args.output_dir}")
     goes_on = bool(resume_argument(args))
     RunFolder(args.output_dir).check_writable(goes_on=goes_on, replaces=run_args.overwrite_output_dir)
     if args.process_index == 0 and (note := batch_note(args, read_recipe(recipe), str(recipe))) is not None:

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -38,7 +39,7 @@ def folder_lock(folder: Path, takes: bool = True) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
         # not in the locked file, which whoever asks for the lock empties
-        holder = {"host": socket.gethostname(), "pid": os.getpid()}
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "launch": launch()}
         (folder / HOLDER_FILE).write_text(json.dumps(holder), "utf-8")
     except Timeout:
         raise CheckpointError(
@@ -59,9 +60,21 @@ def folder_lock(folder: Path, takes: bool = True) -> Iterator[None]:
         lock.release()
 
 
-def _holder(folder: Path) -> str:
+def launch() -> str | None:
+    """What tells a launch by torchrun from others, the same when it starts its processes again; None without it."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if run is None else f"{run}, of process {os.getppid()} on {socket.gethostname()}"
+
+
+def last_holder(folder: Path) -> dict[str, Any]:
+    """Who held a folder last: ``host``, ``pid`` and ``launch``; nothing where that is not known."""
     try:
         holder = json.loads((folder / HOLDER_FILE).read_text("utf-8"))
-        return f"process {holder['pid']} on {holder['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
+    except (OSError, ValueError):
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _holder(folder: Path) -> str:
+    holder = last_holder(folder)
+    return f"process {holder['pid']} on {holder['host']}" if holder.keys() >= {"pid", "host"} else "another process"

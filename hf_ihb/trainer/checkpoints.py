@@ -15,6 +15,7 @@ from hf_ihb.errors import CheckpointError, NumericsError
 from hf_ihb.storage import folder_lock, read_manifest
 from hf_ihb.trainer.averaging import Averaging
 from hf_ihb.trainer.fingerprint import SCHEDULED, check_same, fingerprint
+from hf_ihb.trainer.machines import check_shared
 from hf_ihb.trainer.preemption import Preemption, together
 from hf_ihb.trainer.saving import check_checkpoint, checkpoint_to_resume, save_checkpoint, writing
 
@@ -52,13 +53,14 @@ class Checkpoints:
         """Around a training: holds the output folder; gives the checkpoint it goes on from.
 
         Raises:
-            CheckpointError: If another process trains into the folder, there is no checkpoint that verifies, or it was
-                trained with other settings.
+            CheckpointError: If another process trains into the folder or a machine does not see it, if there is no
+                checkpoint that verifies, or it was trained with other settings.
             ProcessLostError: If another process of it ends.
         """
         trainer, args = self.trainer, self.trainer.args
         locked = folder_lock(Path(args.output_dir), trainer.is_world_process_zero())
         with locked, self.preemption.watched(), together(trainer):
+            check_shared(args)
             folder = checkpoint_to_resume(trainer, asked, args.resume_policy)
             self.settings, self.changed = fingerprint(trainer, (*trainer.settings, trainer.augmentation)), {}
             self.history = []

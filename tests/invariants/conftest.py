@@ -53,14 +53,15 @@ class Finished:
 def launch(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launches")
 
-    def run(script, recipe, *overrides, processes=1, output_dir=None, **strikes):
+    def run(script, recipe, *overrides, processes=1, restarts=0, output_dir=None, **strikes):
         number = len(list(folder.iterdir()))
         path = folder / f"{number}.json"
         path.write_text(json.dumps(recipe))
         output_dir = Path(output_dir or folder / f"{number}")
         command = [sys.executable]
-        if processes > 1:
+        if processes > 1 or restarts:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            command += [f"--max_restarts={restarts}"]
         command += [str(LAUNCH), str(ROOT / "scripts" / script), str(path), "--output_dir", str(output_dir), *overrides]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         environment |= {name.upper(): str(step) for name, step in strikes.items()}  # see launch.py

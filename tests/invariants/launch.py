@@ -1,4 +1,4 @@
-"""Runs a script as a user would; with KILL_AT_STEP set, every process dies by SIGKILL after that step.
+"""Runs a script as a user would; with KILL_AT_STEP set, every process dies by SIGKILL after that step, the first time.
 
 With TERM_AT_STEP set, the last process, and no other, is told to end after that step; with KILL_IN_SAVE set it dies by
 SIGKILL in the save of that step, before it has left its part.
@@ -33,7 +33,7 @@ def _die_saving(self, folder, save=Trainer._save_rng_state):
     save(self, folder)
 
 
-if "KILL_AT_STEP" in os.environ:
+if "KILL_AT_STEP" in os.environ and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
     callbacks.Hooks.on_step_end = _die
 if "TERM_AT_STEP" in os.environ:
     callbacks.Hooks.on_step_end = _end

@@ -69,7 +69,18 @@ def test_two_processes_train_like_one_on_the_same_global_batch(method, launch, t
         assert rows[0] == rows[1]
 
 
-@pytest.mark.parametrize(("recipe", "processes"), [(LOGITS, 1), (STRUCTURAL, 1), (STRUCTURAL | AVERAGED, 2)])
+def test_a_run_that_its_launcher_starts_again_goes_on_to_the_same_end(launch, teacher):
+    recipe = {**LOGITS, **RESUMABLE, "teacher_model": teacher, "per_device_train_batch_size": 32}
+    whole = launch("distill.py", recipe)
+    again = launch("distill.py", recipe, restarts=1, kill_at_step=7)
+    assert (whole.code, again.code) == (0, 0), whole.stderr + again.stderr
+    assert "started again by its launcher: going on from the newest checkpoint" in again.stderr
+    assert again.logged("loss") == whole.logged("loss")
+    for name, tensor in whole.weights().items():
+        assert torch.equal(again.weights()[name], tensor), name
+
+
+@pytest.mark.parametrize(("recipe", "processes"), [(STRUCTURAL, 1), (STRUCTURAL | AVERAGED, 2)])
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(recipe, processes, launch, teacher, tmp_path):
     recipe = {**recipe, **RESUMABLE, "teacher_model": teacher, "per_device_train_batch_size": 32 // processes}
     whole = launch("distill.py", recipe, processes=processes)
@@ -195,6 +206,10 @@ def test_processes_share_out_a_cache_and_fail_together(tmp_path):
         assert ended["together"]["read"] == list(range(21))
         assert "for training image 5;" in ended["broken"]
         assert "expected the same teacher and images on all processes" in ended["different"]
+        assert ended["one folder"] is None
+        assert re.match(
+            "key 'output_dir': expected a folder that all machines see, .* found another .*", ended["two folders"]
+        )
 
 
 WITHOUT_US = """
