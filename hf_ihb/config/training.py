@@ -2,11 +2,13 @@
 
 import copy
 import inspect
+import os
 import sys
 import warnings
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
@@ -23,6 +25,16 @@ _OF_TEXTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_liger_kernel": ((False,), "false: its kernels are those of language models"),
     "include_num_input_tokens_seen": (("no", False), "'no': it would count pixels"),
 }
+
+
+def meet_in_time(args: TrainingArguments) -> None:
+    """Lets processes that train on CPUs meet with `ddp_timeout`, which `TrainingArguments` gives to accelerators alone.
+
+    They would wait half an hour for one that cannot be reached.
+    """
+    on_cpus = args.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if on_cpus and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
+        PartialState(cpu=True, backend=args.ddp_backend, timeout=args.ddp_timeout_delta)
 
 
 def refuse_unhonoured(args: TrainingArguments) -> None:

@@ -22,7 +22,7 @@ from hf_ihb.config.fields import (
 )
 from hf_ihb.config.model import TeacherArguments
 from hf_ihb.config.teachers import naming, teachers_of
-from hf_ihb.config.training import refuse_several_gpus, refuse_unhonoured
+from hf_ihb.config.training import meet_in_time, refuse_several_gpus, refuse_unhonoured
 from hf_ihb.methods import METHODS, Method, SharedKeys, methods_of
 from hf_ihb.methods.teachers import TeachersArguments
 
@@ -107,6 +107,7 @@ class SupervisedTrainingArguments(Remade, TrainingArguments):
     def __post_init__(self) -> None:
         Checked.__post_init__(self)
         own_config = self.accelerator_config is None
+        meet_in_time(self)
         TrainingArguments.__post_init__(self)
         refuse_several_gpus(self)
         self.set_float32_precision()

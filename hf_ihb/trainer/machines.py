@@ -14,14 +14,15 @@ from hf_ihb.storage.lock import last_holder
 _PATIENCE_S = 30.0  # that a network's file system may take to show what another machine has written
 
 
-def check_shared(args: TrainingArguments, patience_s: float = _PATIENCE_S) -> None:
+def check_shared(args: TrainingArguments, patience_s: float | None = None) -> None:
     """Sees that all machines write to one output folder, which the main process holds.
 
     A checkpoint has a part of each process, and is read by all.
 
     Args:
         args: Of the training.
-        patience_s: Seconds after which a folder that does not hold what the main process wrote is another one.
+        patience_s: Seconds after which a folder that does not hold what the main process wrote is another one; 30, or
+            half of `ddp_timeout`, if None.
 
     Raises:
         CheckpointError: If one does not, on every process.
@@ -29,6 +30,8 @@ def check_shared(args: TrainingArguments, patience_s: float = _PATIENCE_S) -> No
     here = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
     if here >= args.world_size or args.save_strategy == "no" or args.save_only_model or args.save_on_each_node:
         return
+    if patience_s is None:  # the others wait for this one
+        patience_s = min(_PATIENCE_S, args.ddp_timeout / 2)
     folder, until = Path(args.output_dir), time.monotonic() + patience_s
     wanted = broadcast_object_list([last_holder(folder)])[0]
     while last_holder(folder) != wanted and time.monotonic() < until:
