@@ -214,7 +214,8 @@ def strike(job: Job, run: Path, how: str, whole: Path) -> dict[str, Any]:
 def restarted(job: Job, run: Path, whole: Path) -> dict[str, Any]:
     """One of two processes of one machine is killed; its launcher starts both again."""
     words = job.command(["--standalone", "--nproc_per_node=2", "--max_restarts=1"], run)
-    machine = Machine(words, job.folder / "restarted.log")
+    # a store that outlives the processes would tell the new ones where the old ones listened (pytorch issue 135712)
+    machine = Machine(words, job.folder / "restarted.log", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     reached(run, 8, [machine])
     began = time.monotonic()
     os.kill(machine.pids()[0], signal.SIGKILL)
