@@ -196,10 +196,10 @@ def test_a_damaged_row_is_asked_for_again(make, caplog):
     first = make(relation_weight=1.0)
     losses = curve(first)
     rows, path = rows_of(first), sorted(first.teacher_views.folder.glob("*.safetensors"))[1]
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 64
-    path.write_bytes(content)
-    (first.teacher_views.folder / "statistics").write_bytes(b"torn")
+    for damaged in (path, first.teacher_views.folder / "statistics"):
+        content = bytearray(damaged.read_bytes())
+        content[-3] ^= 64
+        damaged.write_bytes(content)
     again = make(relation_weight=1.0)
     assert torch.equal(curve(again), losses)
     assert "expected what was written, found something else; the teacher is asked again" in caplog.text
