@@ -1,12 +1,13 @@
 """What a step of logit distillation costs when the teacher's scores of augmented images are read instead of asked for.
 
 python benchmarks/view_cache.py --dataset_name DATASET [--rounds 15] [--before TREE]
+python benchmarks/view_cache.py --disk
 
 A step is crop, flip, MixUp and CutMix, forward, losses, backward, clipping and AdamW, on one batch that is at hand, for
 a micro student (batch 64) and a DeiT-Tiny (batch 16) beside a ResNet-18 with a CIFAR stem and random weights. With
 `--before`, the steps of labels alone and of cached Gram take turns with those of another checkout of this repository,
 each in a process of its own. Beside that: what is rounded off, what the 16 largest scores of many classes leave out,
-bytes on the disk, and what the turn of an epoch costs.
+bytes on the disk, and what the turn of an epoch costs. With `--disk` these last two alone, of all rows that are small.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,7 @@ from hf_ihb.functional.logits import kd_divergence
 from hf_ihb.runs.tables import markdown_table
 from hf_ihb.trainer import SupervisedTrainer
 from hf_ihb.trainer.arguments import SupervisedTrainingArguments
+from hf_ihb.trainer.cache_rows import Code
 from hf_ihb.trainer.score_rows import ScoreRow
 from hf_ihb.trainer.view_cache import ViewCache
 from hf_ihb.trainer.view_rows import ViewRow
@@ -41,6 +43,7 @@ VIEWS = {
     "augmentation_seed": 0,
 }  # fmt: skip
 KD = {"alpha": 0.5, "temperature": 2.0, "distilled_heads": "both"}
+WIDTH = 384  # of a small ViT's mean token
 SETS = {"CIFAR-10 x 200 epochs": (50_000, 10, 200), "ImageNet x 300 epochs": (1_281_167, 1000, 300)}
 WORKER = """
 import sys, tempfile, time
@@ -150,35 +153,73 @@ def kd_errors() -> list[dict[str, Any]]:
     return found
 
 
-def turn_of_an_epoch(images: int, classes: int) -> dict[str, float]:
+def rows_of(classes: int) -> dict[str, ViewRow]:
+    """Rows that are small, by what they hold."""
+    code = Code(torch.zeros(1, WIDTH), torch.ones(WIDTH))
+    return {
+        "scores": ViewRow(ScoreRow(classes)),
+        f"mean token of {WIDTH}": ViewRow(mean=WIDTH, code=code),
+        f"scores and mean token of {WIDTH}": ViewRow(ScoreRow(classes), mean=WIDTH, code=code),
+    }
+
+
+def turn_of_an_epoch(images: int, classes: int, row: ViewRow) -> dict[str, float]:
     """Seconds to write the rows of an epoch, and to read them."""
     with tempfile.TemporaryDirectory() as folder:
-        row, order = ViewRow(ScoreRow(classes)), np.random.default_rng(0).permutation(images)
+        order = np.random.default_rng(0).permutation(images)
         cache = ViewCache(Path(folder), {}, row, images)
         cache.open(lambda epoch, rows: None, images, tolerance=1.0, show=False)
+        add, seconds = cache.add, []
+
+        def timed(*given: Any) -> None:  # rows are written whenever enough of them are held
+            start = time.perf_counter()
+            add(*given)
+            seconds.append(time.perf_counter() - start)
+
+        cache.add = timed
         for part in np.array_split(order, max(1, images // 8192)):
-            rows = row.pack(torch.randn(len(part), classes), [])
+            rows = row.pack(torch.randn(len(part), classes), [], torch.randn(len(part), WIDTH))
             cache(0, part, lambda where, rows=rows: rows, torch.device("cpu"))
-        start = time.perf_counter()
         cache.flush()
-        middle = time.perf_counter()
-        cache._epoch = None
+        cache._epoch, middle = None, time.perf_counter()
         cache._turn_to(0)
         done, known = time.perf_counter(), cache._known.all()
         size = sum(path.stat().st_size for path in cache.folder.iterdir())
         cache.close()
     assert known
-    return {"bytes": size, "write_s": middle - start, "read_s": done - middle}
+    return {"bytes": size, "write_s": sum(seconds), "read_s": done - middle}
 
 
-def disk_table(turns: dict[str, dict[str, float]]) -> str:
+def turns_of(kinds: Container[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """What `turn_of_an_epoch` says of some kinds of rows, for each training."""
+    return {
+        name: {kind: turn_of_an_epoch(images, classes, row) for kind, row in rows_of(classes).items() if kind in kinds}
+        for name, (images, classes, _) in SETS.items()
+    }
+
+
+def disk_table(turns: dict[str, dict[str, dict[str, float]]]) -> str:
     """Bytes of whole trainings, from what one epoch took."""
-    rows = [["training", "B a view", "GB in all", "write an epoch", "read an epoch"]]
+    rows = [["training", "row", "B a view", "GB in all", "write an epoch", "read an epoch"]]
     for name, (images, _, epochs) in SETS.items():
-        turn = turns[name]
-        each, whole = turn["bytes"] / images, turn["bytes"] * epochs / 1e9
-        rows.append([name, f"{each:.2f}", f"{whole:.2f}", f"{turn['write_s']:.3f} s", f"{turn['read_s']:.3f} s"])
+        for kind, turn in turns[name].items():
+            each, whole = turn["bytes"] / images, turn["bytes"] * epochs / 1e9
+            seconds = [f"{turn[part]:.3f} s" for part in ("write_s", "read_s")]
+            rows.append([name, kind, f"{each:.2f}", f"{whole:.2f}", *seconds])
     return markdown_table(rows)
+
+
+def write_disk(folder: Path) -> None:
+    """All rows that are small, without any training."""
+    turns = turns_of(rows_of(10))
+    write_results(
+        "view-cache-disk",
+        "What rows of augmented images take, and what the turn of an epoch costs; `python benchmarks/view_cache.py "
+        "--disk`. A view takes two bytes a number, and a bit of each file that says whether it holds the view.",
+        {"turns": turns},
+        [disk_table(turns)],
+        folder=folder,
+    )
 
 
 def errors_table(found: list[dict[str, Any]]) -> str:
@@ -204,9 +245,10 @@ def steps_table(seconds: dict[str, dict[str, list[float]]]) -> str:
 
 
 def main() -> None:
-    """Times both students, and writes all tables."""
+    """Times both students and writes all tables, or that of the disk."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_name", required=True, help="Hub id or folder.")
+    parser.add_argument("--dataset_name", default=None, help="Hub id or folder.")
+    parser.add_argument("--disk", action="store_true", help="Bytes and the turn of an epoch alone.")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=2, help="Steps of a way in each round.")
     parser.add_argument(
@@ -214,6 +256,10 @@ def main() -> None:
     )
     parser.add_argument("--output_dir", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if args.disk:
+        return write_disk(args.output_dir)
+    if args.dataset_name is None:
+        parser.error("--dataset_name: expected a Hub id or a folder, found none")
     seconds, bars = {}, []
     for size, wanted in WANTED.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -224,7 +270,7 @@ def main() -> None:
     trees = {} if args.before is None else compare_trees(args)
     for work, values in trees.items():
         bars.append(bar(4, f"micro, {work}: before / now", ">= 0.98", ratio(values["before"], values["now"])))
-    turns = {name: turn_of_an_epoch(images, classes) for name, (images, classes, _) in SETS.items()}
+    turns = turns_of({"scores"})
     errors = kd_errors()
     content = {"rounds": args.rounds, "seconds_per_step": seconds, "bars": bars, "trees": trees, "turns": turns}
     write_results(

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from hf_ihb.functional.gram import TokenGram
+from hf_ihb.functional.tokens import TokenMean
 
 Preparation = Literal["plain", "centered", "standardized"]
 
@@ -58,11 +59,11 @@ class TeacherTokens(NamedTuple):
     """What a teacher says of one of its layers, at the places where the student's tokens look.
 
     Attributes:
-        tokens: ``(B, N, D)``, or their `TokenGram` where that is all that is asked for.
+        tokens: ``(B, N, D)``, or their `TokenGram` or `TokenMean` where that is all that is asked for.
         mask: ``(B, N)`` in [0, 1], how much of each token lies inside the teacher's image.
     """
 
-    tokens: Tensor | TokenGram
+    tokens: Tensor | TokenGram | TokenMean
     mask: Tensor
 
 
@@ -125,10 +126,11 @@ class Needs:
     Attributes:
         logits: The teacher's class scores.
         layers: Of the teacher's layers their ``tokens``, or ``gram``, the inner products of an image's tokens alone.
-        because: The key that inner products are not enough for.
+        because: The key that whole tokens are needed for, where they are; that of the method's weight if not given.
         preparation: What is done to the teacher's tokens before: ``centered`` takes off the mean of their position over
             the training images, ``standardized`` the mean and the deviation of each channel.
-        final: Tokens of the last block of the student and of the deepest teacher layer, each after the final norm.
+        final: Of the last block of the student and of the deepest teacher layer, each after the final norm, the
+            ``tokens``; or ``mean``, where all that is taken of the teacher's is `TokenPair.image_means`.
         exits: Patch tokens of the chosen blocks of the student, for a head on them that asks nothing of the teacher's.
         attention: Attention maps of every block of the student, with gradients.
         teacher_attention: The attention between patches of the teacher's layers; beside `attention` and `layers`.
@@ -140,12 +142,16 @@ class Needs:
     layers: Literal["tokens", "gram"] | None = None
     because: str | None = None
     preparation: Preparation = "plain"
-    final: bool = False
+    final: Literal["tokens", "mean"] | None = None
     exits: bool = False
     attention: bool = False
     teacher_attention: bool = False
     masked: bool = False
     statistics: bool = False
+
+    def __post_init__(self) -> None:
+        if self.final not in (None, "tokens", "mean"):
+            raise ValueError(f"needs of a method: 'final': expected 'tokens', 'mean' or None, found {self.final!r}")
 
 
 @dataclass

@@ -1,11 +1,11 @@
-"""Tokens of a teacher, or their inner products, brought to where a student's look."""
+"""Tokens of a teacher, their inner products or their mean, brought to where a student's look."""
 
 import torch
 from torch import Tensor
 
 from hf_ihb.functional.geometry import identity_affine
 from hf_ihb.functional.gram import TokenGram
-from hf_ihb.functional.tokens import resampling_matrix
+from hf_ihb.functional.tokens import TokenMean, resampling_matrix
 
 
 class Resampler:
@@ -20,9 +20,18 @@ class Resampler:
         self._matrices: dict[tuple[tuple[int, int], tuple[int, int]], tuple[Tensor, Tensor]] = {}
 
     def __call__(
-        self, tokens: Tensor | TokenGram, grid: tuple[int, int], output_grid: tuple[int, int]
-    ) -> tuple[Tensor | TokenGram, Tensor]:
-        """The tokens, and ``(B, M)`` the share of each that lies inside the teacher's image."""
+        self, tokens: Tensor | TokenGram | TokenMean, grid: tuple[int, int], output_grid: tuple[int, int]
+    ) -> tuple[Tensor | TokenGram | TokenMean, Tensor]:
+        """The tokens, and ``(B, M)`` the share of each that lies inside the teacher's image.
+
+        Raises:
+            TypeError: If all that is known is a mean, and the student looks elsewhere than it was taken.
+        """
+        if isinstance(tokens, TokenMean):
+            if self.affine is not None:
+                raise TypeError("a mean token: expected a student that looks at the whole image, found a view of it")
+            places = output_grid[0] * output_grid[1]
+            return tokens, torch.ones(len(tokens.mean), places, device=tokens.mean.device)
         first = tokens.centered if isinstance(tokens, TokenGram) else tokens
         if self.affine is None and grid == output_grid:
             return tokens, torch.ones(first.shape[:2], device=first.device)

@@ -1,5 +1,7 @@
 """Patch tokens of two models, brought to the same places and compared one by one."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,9 +11,27 @@ from hf_ihb.functional.logits import tilted_divergence
 # squared lengths below this are those of zero vectors, whose cosine is 0
 _TINY = 1e-16
 _SHORT = 1e-12
+# shares of the tokens of an image below this are no image
+_TINY_SHARE = 1e-12
 # a side of a token is cut into so many, to see how much of a turned one lies inside
 _PIECES = 4
 _ROUNDING = 1e-4
+
+
+class TokenMean(NamedTuple):
+    """What is left of an image's tokens where all that is compared is their mean.
+
+    Attributes:
+        mean: ``(B, D)`` float32, over all places where the student's tokens look, each of which lies inside the image.
+    """
+
+    mean: Tensor
+
+
+def mean_token(tokens: Tensor, share: Tensor) -> Tensor:
+    """``(B, D)`` float32 mean of ``(B, N, D)`` tokens by their ``(B, N)`` shares in [0, 1]; 0 where there are none."""
+    share = share.float()[..., None]
+    return (tokens.float() * share).sum(dim=1) / share.sum(dim=1).clamp_min(_TINY_SHARE)
 
 
 def resampling_matrix(affine: Tensor, grid: tuple[int, int], output_grid: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_ihb.config.fields import NON_NEGATIVE, POSITIVE, Checked, Range, is_key, key
 from hf_ihb.functional.gram import TokenGram
+from hf_ihb.functional.tokens import TokenMean, mean_token
 from hf_ihb.methods.schedules import fade_factor, warmup_factor
 from hf_ihb.step import Needs, Step, StudentOutput
 
@@ -219,20 +220,19 @@ class TokenPair(NamedTuple):
 
     Attributes:
         student: ``(B, N, D_s)``.
-        teacher: ``(B, N, D_t)``; the token loss needs D_t = D_s. For CKA within images and Gram also their `TokenGram`.
+        teacher: ``(B, N, D_t)``; the token loss needs D_t = D_s. For CKA within images and Gram also their `TokenGram`,
+            for what compares mean tokens also their `TokenMean`.
         mask: ``(B, N)`` share of each token in [0, 1]: how much of what the student's shows lies inside the image.
     """
 
     student: Tensor
-    teacher: Tensor | TokenGram
+    teacher: Tensor | TokenGram | TokenMean
     mask: Tensor
 
     def image_means(self) -> tuple[Tensor, Tensor]:
         """``(B, D_s)`` and ``(B, D_t)`` float32 means of the tokens, by their shares; 0 where there are none."""
-        share = self.mask.float()[..., None]
-        whole = share.sum(dim=1).clamp_min(1e-12)
-        student, teacher = ((x.float() * share).sum(dim=1) / whole for x in (self.student, self.teacher))
-        return student, teacher
+        known = self.teacher.mean if isinstance(self.teacher, TokenMean) else mean_token(self.teacher, self.mask)
+        return mean_token(self.student, self.mask), known
 
 
 def pairs_of(method: Method, student: StudentOutput, step: Step) -> list[TokenPair]:
@@ -269,11 +269,11 @@ def batch_mean(per_image: Tensor, weight: Tensor) -> Tensor:
     return (per_image * weight).sum() / len(per_image)
 
 
-def _tensors(value: Tensor | TokenGram) -> tuple[Tensor, ...]:
+def _tensors(value: Tensor | TokenGram | TokenMean) -> tuple[Tensor, ...]:
     return (value,) if isinstance(value, Tensor) else tuple(value)
 
 
-def _concatenated(values: Sequence[Tensor | TokenGram]) -> Tensor | TokenGram:
+def _concatenated(values: Sequence[Tensor | TokenGram | TokenMean]) -> Tensor | TokenGram | TokenMean:
     if isinstance(values[0], Tensor):
         return torch.cat(tuple(values))
-    return TokenGram(*(torch.cat(parts) for parts in zip(*values, strict=True)))
+    return type(values[0])(*(torch.cat(parts) for parts in zip(*values, strict=True)))

@@ -19,8 +19,8 @@ class PooledMethod(Method):
 
     @property
     def needs(self) -> Needs:
-        """The tokens of the last block, after the final norms."""
-        return Needs(final=True, because=f"{self.name}_weight", statistics=True)
+        """The mean token of the last block, after the final norms."""
+        return Needs(final="mean", statistics=True)
 
     def loss(self, student: StudentOutput, step: Step) -> Tensor:
         """`batch_loss` of the images of all processes."""

@@ -56,8 +56,8 @@ class RSD(Method):
 
     @property
     def needs(self) -> Needs:
-        """The tokens of the last block, after the final norms."""
-        return Needs(final=True, because="rsd_weight", statistics=True)
+        """The mean token of the last block, after the final norms."""
+        return Needs(final="mean", statistics=True)
 
     def head(self, widths: Widths) -> nn.Module:
         """The two layers."""

@@ -24,6 +24,7 @@ from hf_ihb.config.model import TeacherArguments
 from hf_ihb.config.teachers import naming, teachers_of
 from hf_ihb.config.training import meet_in_time, refuse_several_gpus, refuse_unhonoured
 from hf_ihb.methods import METHODS, Method, SharedKeys, methods_of
+from hf_ihb.methods.rows import more_because, smallest_row, tokens_because
 from hf_ihb.methods.teachers import TeachersArguments
 
 
@@ -190,15 +191,17 @@ class DistillationTrainingArguments(MethodKeys, TeachersArguments, SupervisedTra
         "What the teacher sees where its class scores are learned from: the student's augmented image ('identical') or "
         "the stored one ('clean'). If not given, teacher_view with method 'logits', and 'identical' otherwise.",
     )
-    teacher_cache: Literal["auto", "off", "logits", "tokens", "gram", "views"] = key(
+    teacher_cache: Literal["auto", "off", "logits", "tokens", "gram", "mean", "views"] = key(
         "auto",
         "Ask the teacher once for each training image, where it sees the stored one, and keep on disk its scores "
-        "('logits'), its tokens ('tokens') or their inner products ('gram', enough for CKA and Gram losses over tokens "
-        "and far smaller), each with the scores where they are learned from too; ask in every step ('off'); or the "
-        "smallest that will do, where it saves teacher forwards ('auto'). 'views': keep its scores, and its tokens' "
-        "inner products, of augmented images by epoch and image, while this run asks, and read them in every run with "
-        "the same augmentation and augmentation_seed, the rest as with 'auto'; 'auto' does so where augmentation_seed "
-        "is given.",
+        "('logits'), its tokens ('tokens'), their inner products ('gram', enough for CKA and Gram losses over tokens "
+        "and far smaller) or the mean of the final ones ('mean', enough for losses of pooled features with "
+        "teacher_view 'clean', and kept beside 'gram' where they are on as well), each with the scores where they are "
+        "learned from too; ask in every step ('off'); or the smallest that will do, where it saves teacher forwards "
+        "('auto'). "
+        "'views': keep its scores, its tokens' inner products and their mean, of augmented images by epoch and image, "
+        "while this run asks, and read them in every run with the same augmentation and augmentation_seed, the rest as "
+        "with 'auto'; 'auto' does so where augmentation_seed is given.",
     )
     teacher_cache_dir: str | None = key(
         None, "Folder of teacher caches, shared by runs; 'hf_ihb/teacher_cache' in HF_HOME if not given."
@@ -244,16 +247,16 @@ class DistillationTrainingArguments(MethodKeys, TeachersArguments, SupervisedTra
                 "key 'teacher_cache': expected 'auto' or 'off' where nothing is learned of augmented images "
                 "(teacher_logits_view or teacher_view 'identical'), found 'views'"
             )
-        if kind == "views" and of_views and (because := tokens_because(on)) is not None:
+        if kind == "views" and of_views and (because := tokens_because(features, moved=False)) is not None:
             raise ValueError(
-                f"keys 'teacher_cache' and '{because}' contradict: of augmented images inner products of tokens are "
-                "kept, and they are not enough, expected teacher_cache 'off'"
+                f"keys 'teacher_cache' and '{because}' contradict: of augmented images inner products of tokens and "
+                "their mean are kept, and they are not enough, expected teacher_cache 'off'"
             )
         if kind in ("auto", "off", "views"):
             return
         if (kind == "logits") == bool(features):
             learned = "features" if features else "class scores"
-            allowed = "'tokens', 'gram'" if features else "'logits'"
+            allowed = "'tokens', 'gram', 'mean'" if features else "'logits'"
             raise ValueError(
                 f"key 'teacher_cache': expected {allowed}, 'auto' or 'off' where {learned} are learned from, found "
                 f"'{kind}'"
@@ -265,11 +268,21 @@ class DistillationTrainingArguments(MethodKeys, TeachersArguments, SupervisedTra
                 f"keys 'teacher_cache' and '{name}' contradict: the teacher sees a new image in every epoch, expected "
                 f"{name} {stored}, or teacher_cache {other}"
             )
-        if kind == "gram" and (because := tokens_because(on)) is not None:
-            raise ValueError(
-                f"keys 'teacher_cache' and '{because}' contradict: inner products of an image's tokens are not enough, "
-                "expected teacher_cache 'tokens'"
-            )
+        if kind in ("gram", "mean"):
+            self._check_rows(kind, features)
+
+    def _check_rows(self, kind: Literal["gram", "mean"], features: list[Method]) -> None:
+        """Refuses rows of stored images that methods cannot be served from."""
+        moved = self.teacher_view == "shared"
+        if (because := more_because(features, kind, moved=moved)) is None:
+            return
+        what = {"gram": "inner products of an image's tokens", "mean": "mean tokens"}[kind]
+        enough = dict.fromkeys((smallest_row(features, moved=moved).kind, "tokens"))
+        other = ", or teacher_view 'clean'" if more_because(features, kind, moved=False) is None else ""
+        raise ValueError(
+            f"keys 'teacher_cache' and '{because}' contradict: {what} are not enough, expected teacher_cache "
+            f"{' or '.join(map(repr, enough))}{other}"
+        )
 
     def _settle(self) -> None:
         super()._settle()
@@ -306,11 +319,6 @@ class DistillationTrainingArguments(MethodKeys, TeachersArguments, SupervisedTra
                 f"{', '.join(compared)} loss; expected mix_probability < 1 or teacher_view 'identical', found 1 and "
                 f"'{self.teacher_view}'"
             )
-
-
-def tokens_because(methods: Iterable[Method]) -> str | None:
-    """The key because of which inner products within an image are not all that some methods need of the teacher."""
-    return next((m.needs.because for m in methods if m.needs.because is not None), None)
 
 
 def keys_today(keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,11 @@ from torch import Tensor
 
 from hf_ihb.functional.gram import TokenGram, gram_width, pack_gram, unpack_gram
 
-Kind = Literal["tokens", "gram", "logits", "logits+tokens", "logits+gram"]
-_DTYPES = {"tokens": torch.float16, "gram": torch.float16, "logits": torch.float32}
+Features = Literal["tokens", "gram", "mean", "tokens+mean", "gram+mean"]
+Kind = Literal[
+    "logits", Features, "logits+tokens", "logits+gram", "logits+mean", "logits+tokens+mean", "logits+gram+mean"
+]
+_DTYPES = {"tokens": torch.float16, "gram": torch.float16, "mean": torch.float16, "logits": torch.float32}
 
 
 class Code(NamedTuple):
@@ -19,7 +22,7 @@ class Code(NamedTuple):
     What half precision rounds off is then small beside what tells images apart, not beside what they have in common.
 
     Attributes:
-        mean: ``(N, D)`` float32, of each position over training images.
+        mean: ``(N, D)`` float32, of each position over training images; ``(1, D)`` for mean tokens.
         scale: ``(D,)`` float32 > 0, of each channel.
     """
 
@@ -53,12 +56,14 @@ class Layout:
     """How what a teacher says of one image becomes a row.
 
     ``tokens``: patch tokens by the `Code` of their layer, half precision. ``gram``: their inner products, half
-    precision, see `hf_ihb.functional.gram`. ``logits``: class scores, float32. ``logits+tokens`` and ``logits+gram``
-    are scores and features, side by side as bytes.
+    precision, see `hf_ihb.functional.gram`. ``mean``: the mean of the final tokens by its `Code`, half precision.
+    ``logits``: class scores, float32. With a ``+`` between them they lie side by side: scores, layers, mean; as bytes
+    where they are not of one type.
 
     Attributes:
-        kind: One of the five.
-        shapes: Class count K of the scores as ``(1, K)``, where there are any; tokens N and width D of each layer.
+        kind: What it holds.
+        shapes: Class count K of the scores as ``(1, K)``, where there are any; tokens N and width D of each layer; and
+            ``(1, D)`` of the mean.
     """
 
     kind: Kind
@@ -67,8 +72,8 @@ class Layout:
     @property
     def dtype(self) -> torch.dtype:
         """Of what is stored."""
-        kinds = set(self._kinds)
-        return torch.uint8 if len(kinds) > 1 else _DTYPES[kinds.pop()]
+        types = {_DTYPES[kind] for kind in self._kinds}
+        return torch.uint8 if len(types) > 1 else types.pop()
 
     @property
     def row_bytes(self) -> int:
@@ -76,10 +81,32 @@ class Layout:
         return sum(self._bytes)
 
     @property
+    def has_logits(self) -> bool:
+        """Whether it holds class scores."""
+        return self.kind.startswith("logits")
+
+    @property
+    def has_mean(self) -> bool:
+        """Whether it holds the mean of the final tokens."""
+        return self.kind.endswith("mean")
+
+    @property
+    def features(self) -> str:
+        """What it holds of features, one of `Features`; empty where there are none."""
+        return self.kind.removeprefix("logits").removeprefix("+")
+
+    @property
     def _kinds(self) -> list[str]:
         """Of each part."""
-        *scores, features = self.kind.split("+")
-        return scores + [features] * (len(self.shapes) - len(scores))
+        names = self.kind.split("+")
+        layers = len(self.shapes) - len({"logits", "mean"} & set(names))
+        return [kind for name in names for kind in [name] * (1 if name in ("logits", "mean") else layers)]
+
+    @property
+    def places(self) -> list[slice]:
+        """Where among the parts those of each kind are."""
+        kinds = self._kinds
+        return [slice(kinds.index(kind), kinds.index(kind) + kinds.count(kind)) for kind in dict.fromkeys(kinds)]
 
     @property
     def _bytes(self) -> list[int]:

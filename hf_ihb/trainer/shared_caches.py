@@ -1,14 +1,18 @@
-"""What caches of every kind need: room on the disk, and an error of one process as one of all."""
+"""What caches of every kind need: room on the disk, tensors beside rows, and errors of one process as of all."""
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
 
 from hf_ihb.data.placement import readable_bytes
 from hf_ihb.errors import CacheError
-from hf_ihb.storage.cache_folder import CacheFolder
+from hf_ihb.storage.cache_folder import CacheFolder, checksum
 
 
 def trouble(store: CacheFolder, what: str, needed: int, share: float = 1.0) -> str | None:
@@ -27,6 +31,33 @@ def trouble(store: CacheFolder, what: str, needed: int, share: float = 1.0) -> s
         return None
     found = readable_bytes(free) if share == 1 else f"{readable_bytes(free)} ({share:.0%} of what is free)"
     return f"{store.folder}: expected {readable_bytes(needed)} of disk for {what}, found {found}"
+
+
+def kept_tensors(store: CacheFolder, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors that belong to a cache and are made once, on the host; where nothing may be written, in every run.
+
+    Args:
+        store: Its folder.
+        name: Of the file.
+        make: Makes them, where they are not there or not what was written.
+
+    Raises:
+        CacheError: If the disk is full or cannot be written to.
+    """
+    path = store.folder / name
+    with contextlib.suppress(OSError, SafetensorError):
+        content = path.read_bytes()
+        if checksum(content) == store.journal().get(name):
+            return load(content)
+    made = {name: tensor.cpu().contiguous() for name, tensor in make().items()}
+    if PartialState().is_local_main_process and store.may_be_written():
+        with store.storing():
+            store.folder.mkdir(parents=True, exist_ok=True)
+            content, staged = save(made), path.with_suffix(f".{os.getpid()}.tmp")  # two runs may make them at once
+            staged.write_bytes(content)
+            staged.replace(path)
+            store.note(name, content, PartialState().process_index)
+    return made
 
 
 @contextlib.contextmanager

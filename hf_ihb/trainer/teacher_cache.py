@@ -16,8 +16,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub import constants
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -26,9 +24,8 @@ from hf_ihb.errors import CacheError
 from hf_ihb.functional.gram import TokenGram
 from hf_ihb.models.teacher import Teacher
 from hf_ihb.storage.block_store import BlockStore
-from hf_ihb.storage.cache_folder import checksum
 from hf_ihb.trainer.cache_rows import Code, Layout
-from hf_ihb.trainer.shared_caches import on_every_process, trouble
+from hf_ihb.trainer.shared_caches import kept_tensors, on_every_process, trouble
 
 FORMAT = 4
 BLOCK_ROWS = 512
@@ -85,7 +82,8 @@ class TeacherCache:
         num_rows: Number of training images.
 
     Attributes:
-        codes: Of the tokens of each layer; to be set before rows are made or read. None for inner products and scores.
+        codes: Of the tokens of each layer, and of the mean token; to be set before rows are made or read. None for
+            inner products and scores, which lie before those that have one.
     """
 
     def __init__(self, root: Path, description: Mapping[str, Any], layout: Layout, num_rows: int) -> None:
@@ -141,10 +139,11 @@ class TeacherCache:
         first = len(parts) - len(self.codes)
         return parts[:first] + [code.read(part) for code, part in zip(self.codes, parts[first:], strict=True)]
 
-    def pack(self, scores: Tensor | None, layers: Sequence[Tensor]) -> Tensor:
-        """Rows of class scores ``(B, K)``, where there are any, and tokens ``(B, N, D)`` of each layer."""
-        layers = [code.write(x) for code, x in zip(self.codes, layers, strict=True)] if self.codes else list(layers)
-        return self.layout.pack(([] if scores is None else [scores[:, None]]) + layers)
+    def pack(self, scores: Tensor | None, features: Sequence[Tensor]) -> Tensor:
+        """Rows of class scores ``(B, K)``, where there are any, and ``(B, N, D)`` of each part of the features."""
+        first = len(features) - len(self.codes)
+        coded = [code.write(x) for code, x in zip(self.codes, features[first:], strict=True)]
+        return self.layout.pack(([] if scores is None else [scores[:, None]]) + [*features[:first], *coded])
 
     # ---- On disk ----
 
@@ -165,25 +164,8 @@ class TeacherCache:
         return self.store.missing(show=show)
 
     def statistics(self, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors that belong to the cache and are made once.
-
-        Args:
-            make: Makes them, where they are not there or not what was written.
-        """
-        path = self.folder / STATISTICS_FILE
-        with contextlib.suppress(OSError, SafetensorError):
-            content = path.read_bytes()
-            if checksum(content) == self.store.journal().get(STATISTICS_FILE):
-                return load(content)
-        made = {name: tensor.cpu().contiguous() for name, tensor in make().items()}
-        if PartialState().is_local_main_process:
-            with self.store.storing():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                content, staged = save(made), path.with_suffix(".tmp")
-                staged.write_bytes(content)
-                staged.replace(path)
-                self.store.note(STATISTICS_FILE, content, PartialState().process_index)
-        return made
+        """See `hf_ihb.trainer.shared_caches.kept_tensors`."""
+        return kept_tensors(self.store, STATISTICS_FILE, make)
 
     # ---- Building ----
 
@@ -291,13 +273,14 @@ class TeacherCache:
             )
 
     def _distances(self, stored: Tensor, fresh: Tensor) -> Tensor:
-        """``(B,)`` relative distance of rows, of scores or of features where that is larger."""
-        kinds, distances = self.layout.kind.split("+"), []
-        # of tokens as they are: their deviations from the mean may be nothing but the rounding of the teacher
-        sides = [self._decoded(rows) if self.codes else self.layout.numbers(rows) for rows in (stored, fresh)]
-        for one in range(len(kinds)):
-            parts = slice(0, 1) if one == 0 and len(kinds) > 1 else slice(len(kinds) - 1, None)
-            old, new = (torch.cat([part.float().flatten(1) for part in side[parts]], dim=1) for side in sides)
+        """``(B,)`` relative distance of rows, of scores or of a kind of features where that is larger."""
+        sides, distances = [], []
+        for rows in (stored, fresh):
+            numbers, first = self.layout.numbers(rows), len(self.layout.shapes) - len(self.codes)
+            # of tokens as they are: their deviations from the mean may be nothing but the rounding of the teacher
+            sides.append(numbers[:first] + self._decoded(rows)[first:])
+        for place in self.layout.places:
+            old, new = (torch.cat([part.float().flatten(1) for part in side[place]], dim=1) for side in sides)
             distances.append((old - new).norm(dim=1) / new.norm(dim=1).clamp_min(1e-12))
         return torch.stack(distances).amax(dim=0)
 

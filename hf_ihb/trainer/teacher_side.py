@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,19 +16,18 @@ from hf_ihb.data import StoredSplit, host_index, placement
 from hf_ihb.errors import DataError, NumericsError, RecipeError, TeacherMismatchError
 from hf_ihb.functional.gram import TokenGram
 from hf_ihb.functional.resampling import Resampler
-from hf_ihb.functional.tokens import pool_tokens, standardize_tokens
+from hf_ihb.functional.tokens import TokenMean, pool_tokens, standardize_tokens
 from hf_ihb.methods import Method
 from hf_ihb.models.correspondence import Correspondence
 from hf_ihb.models.features import FeatureMap
-from hf_ihb.runs.environment import library_versions
 from hf_ihb.step import Preparation, Step, TeacherOutputs, TeacherTokens, Views
-from hf_ihb.trainer.arguments import tokens_because
-from hf_ihb.trainer.cache_rows import Code, Kind, Layout
 from hf_ihb.trainer.compiling import compiled
 from hf_ihb.trainer.phi_s import measure_phi_s
 from hf_ihb.trainer.teacher_attention import TeacherAttention
-from hf_ihb.trainer.teacher_cache import TeacherCache, cache_root, describe_teacher
+from hf_ihb.trainer.teacher_cache import TeacherCache, cache_root
+from hf_ihb.trainer.teacher_rows import TeacherRows
 from hf_ihb.trainer.teacher_views import TeacherViews
+from hf_ihb.trainer.view_cache import ViewCache
 
 # Relative error between a row of the cache and the same row computed anew: storage and, in bfloat16, kernels that round
 # differently in another batch.
@@ -41,12 +41,13 @@ class Parts(NamedTuple):
 
     Attributes:
         logits: ``(B, K)`` class scores; None where they were not asked for.
-        layers: ``(B, N, D)`` of each layer, the final tokens last, or their `TokenGram`; None likewise.
+        layers: ``(B, N, D)`` of each layer, the final tokens last, or their `TokenGram` or `TokenMean`, of those layers
+            that are learned from; None likewise.
         attentions: ``(B, N, N)`` attention between patches of each layer; None likewise.
     """
 
     logits: Tensor | None = None
-    layers: Sequence[Tensor | TokenGram] | None = None
+    layers: Sequence[Tensor | TokenGram | TokenMean] | None = None
     attentions: Sequence[Tensor] | None = None
 
 
@@ -71,9 +72,9 @@ class TeacherSide:
         self.asks_attention = any(need.teacher_attention for need in needs)
         self._attention = TeacherAttention(trainer.teacher, layers) if self.asks_attention else None
         self.asks_logits = any(need.logits for need in needs)
-        self._preparations: list[Preparation] = list(dict.fromkeys(n.preparation for n in needs if n.layers))
+        self.preparations: list[Preparation] = list(dict.fromkeys(n.preparation for n in needs if n.layers))
         self._align = compiled(self._aligned, args)
-        self.views = TeacherViews(self)
+        self.rows, self.views = TeacherRows(self), TeacherViews(self)
 
     @property
     def sees_whole_images(self) -> bool:
@@ -186,7 +187,10 @@ class TeacherSide:
         return deepest if self.trainer.args.teacher_norm else self.trainer.teacher.normed(deepest)
 
     def _aligned(
-        self, layers: Sequence[Tensor | TokenGram], affine: Tensor | None, attentions: Sequence[Tensor] | None
+        self,
+        layers: Sequence[Tensor | TokenGram | TokenMean],
+        affine: Tensor | None,
+        attentions: Sequence[Tensor] | None,
     ) -> tuple[dict[Preparation, list[TeacherTokens]], TeacherTokens | None, list[Tensor] | None]:
         """Tokens of each layer, prepared and at the places where the student's look, and attention between them.
 
@@ -200,7 +204,7 @@ class TeacherSide:
             return TeacherTokens(*move(tokens, geometry.teacher_grids[layer], geometry.grids[layer]))
 
         count = len(geometry.teacher_layers)
-        prepared = {p: [moved(layer, p) for layer in range(count)] for p in self._preparations}
+        prepared = {p: [moved(layer, p) for layer in range(count)] for p in self.preparations}
         final = None
         if geometry.has_final:
             final = TeacherTokens(*move(layers[-1], geometry.teacher_grids[-1], geometry.grids[-1]))
@@ -228,15 +232,19 @@ class TeacherSide:
 
     # ---- Statistics ----
 
-    def _take_statistics(self, cache: TeacherCache | None) -> None:
+    def _take_statistics(self, cache: TeacherCache | None, views: ViewCache | None) -> None:
+        """Those that methods need, and codes of rows.
+
+        The cache that holds features, one of the two at most, keeps them: it is named after the layers.
+        """
         self.statistics = None
-        prepares = not set(self._preparations) <= {"plain"}
-        holds_tokens = cache is not None and cache.layout.kind.endswith("tokens")
-        if not (prepares or holds_tokens):
+        stored, of_views = (cache.layout.features if cache else ""), (views.row.features if views else "")
+        features = stored or of_views
+        prepares = not set(self.preparations) <= {"plain"}
+        if not prepares and features in ("", "gram"):
             return
-        # a cache of scores alone is not named after the layers
-        kept = cache is not None and cache.layout.kind != "logits"
-        statistics = cache.statistics(self.measure_statistics) if kept else self.measure_statistics()
+        measure = self.measure_final_statistics if features == "mean" else self.measure_statistics
+        statistics = (cache if stored else views).statistics(measure) if features else measure()
         statistics = {name: tensor.to(self.trainer.args.device) for name, tensor in statistics.items()}
         pairs = [(statistics[f"mean.{layer}"], statistics[f"std.{layer}"]) for layer in range(len(statistics) // 2)]
         if prepares:
@@ -244,13 +252,15 @@ class TeacherSide:
         if self.rotates:
             images = spread(self.trainer.train_dataset, self.trainer.args.teacher_statistics_samples)
             self.rotations = [matrix.to(self.trainer.args.device) for matrix in measure_phi_s(self, images)]
-        if holds_tokens:
-            cache.codes = [Code.of(*pair) for pair in pairs]
+        if stored:
+            cache.codes = self.rows.codes(stored, pairs)
+        elif of_views.endswith("mean"):
+            views.row = replace(views.row, code=self.rows.codes("mean", pairs)[0])
 
     @property
     def rotates(self) -> bool:
         """Whether tokens are compared that PHI-S standardises."""
-        return self.trainer.args.teacher_standardization == "phi_s" and "standardized" in self._preparations
+        return self.trainer.args.teacher_standardization == "phi_s" and "standardized" in self.preparations
 
     @torch.no_grad()
     def measure_statistics(self) -> dict[str, Tensor]:
@@ -287,6 +297,12 @@ class TeacherSide:
             statistics[f"std.{layer}"] = variance.sqrt().clamp_min(floor).float()
         return statistics
 
+    def measure_final_statistics(self) -> dict[str, Tensor]:
+        """Those of the final tokens alone, by the names of the first layer."""
+        last = len(self.layers.grids) - 1
+        measured = self.measure_statistics()
+        return {f"{name}.0": measured[f"{name}.{last}"] for name in ("mean", "std")}
+
     # ---- The cache ----
 
     def open(self) -> None:
@@ -313,7 +329,7 @@ class TeacherSide:
             print(f"teacher_cache auto: {kinds} ({'; '.join(reasons + ([why] if why else []))})", flush=True)
         # what is drawn in training must not depend on whether the teacher had to be asked before
         with torch.random.fork_rng(devices=[args.device] if args.device.type == "cuda" else []):
-            self._take_statistics(cache)
+            self._take_statistics(cache, views)
             if cache is not None:
                 cache.open(
                     lambda batches: self._rows(cache, batches),
@@ -334,11 +350,11 @@ class TeacherSide:
             if asked not in ("auto", "views"):
                 raise RecipeError(f"key 'teacher_cache': expected 'off', found '{asked}': {obstacle}")
             return None, obstacle
-        kind = self._kind(asked)
+        kind = self.rows.kind(asked)
         cache = TeacherCache(
             cache_root(self.trainer.args.teacher_cache_dir),
-            self.description(kind),
-            Layout(kind, self._shapes(kind)),
+            self.rows.description(kind),
+            self.rows.layout(kind),
             len(self.trainer.train_dataset),
         )
         if asked not in ("auto", "views"):
@@ -349,81 +365,17 @@ class TeacherSide:
             return None, f"a cache would take {forwards}"
         if (trouble := cache.trouble(_SHARE_OF_DISK)) is not None:
             return None, trouble
-        return cache, f"{self._reason(kind)}; {forwards}"
-
-    def _is_stored(self) -> tuple[bool, bool]:
-        """Whether scores, and whether features, are wanted of images as they are stored."""
-        args = self.trainer.args
-        logits = self.asks_logits and args.teacher_logits_view == "clean"
-        return logits, self.layers is not None and args.teacher_view != "identical"
+        return cache, f"{self.rows.reason(kind)}; {forwards}"
 
     def _obstacle(self) -> str | None:
         """Why what the teacher says of a training image is not a constant, or cannot be looked up."""
-        if self.asks_attention:
+        if self.asks_attention and self.rows.stored[1]:  # its forward says all the rest, too
             return "attention maps of the teacher are learned from, which no cache holds"
         if not isinstance(self.trainer.train_dataset, StoredSplit):
             return "the training set is not one of stored images"
-        if not any(self._is_stored()):
+        if not any(self.rows.stored):
             return "the teacher sees the student's augmented image, a new one in every epoch"
         return None
-
-    def _kind(self, asked: str) -> Kind:
-        """The smallest row that serves all methods whose view is the stored image, or what was asked for."""
-        logits, features = self._is_stored()
-        if not features:
-            return "logits"
-        smallest = "gram" if self.gram_is_enough else "tokens"
-        name = smallest if asked in ("auto", "views") else asked
-        return f"logits+{name}" if logits else name
-
-    def _reason(self, kind: Kind) -> str:
-        """Why it is this one."""
-        if kind == "logits":
-            return "the teacher sees the stored image"
-        if kind.endswith("gram"):
-            return "inner products of an image's tokens are all that the losses need"
-        return f"'{tokens_because(self.methods)}' needs the tokens themselves"
-
-    def _shapes(self, kind: Kind) -> tuple[tuple[int, int], ...]:
-        scores = ((1, self.trainer.student.config.num_labels),) if kind.startswith("logits") else ()
-        return scores + (() if kind == "logits" else self.layers.teacher_shapes)
-
-    def description(self, kind: Kind) -> dict[str, Any]:
-        """What determines a row."""
-        trainer, args = self.trainer, self.trainer.args
-        rows = {
-            "teacher": describe_teacher(trainer.teacher, self.sees_whole_images),
-            "precision": f"{self.precision} on {args.device.type}",
-            "images": trainer.train_dataset.fingerprint(),
-            "versions": library_versions("torch", "transformers", "timm"),
-        }
-        if kind == "logits":
-            return rows
-        taken = kind.endswith("tokens") or not set(self._preparations) <= {"plain"}
-        code = {"code": "mean and scale of each layer"} if kind.endswith("tokens") else {}
-        return (
-            rows
-            | code
-            | {
-                "layers": list(self.layers.teacher_layers),
-                "states": list(trainer.teacher.states(self.layers.teacher_layers)),
-                "norm": args.teacher_norm,
-                "losses": {"relation": self.layers.has_final},  # the final tokens are part of a row
-                "grids": list(self.layers.teacher_grids),
-                "preparation": self.gram_preparation if kind.endswith("gram") else "plain",
-                "statistics_samples": args.teacher_statistics_samples if taken else None,
-            }
-        )
-
-    @property
-    def gram_is_enough(self) -> bool:
-        """Whether inner products of an image's tokens are all that is needed of the teacher's layers."""
-        return tokens_because(self.methods) is None and self._preparations == [self.gram_preparation]
-
-    @property
-    def gram_preparation(self) -> Preparation:
-        """What is done to tokens before their inner products are taken."""
-        return "centered" if self.trainer.args.center_positions else "plain"
 
     def images_to_see(self) -> int:
         """Images that a training asks the teacher about, one epoch after the other."""
@@ -449,14 +401,10 @@ class TeacherSide:
             collate_fn=trainer.data_collator,
             num_workers=trainer.args.dataloader_num_workers if len(batches) > 1 else 0,
         )
-        kind = cache.layout.kind
-        logits, features = kind.startswith("logits"), kind != "logits"
+        features = cache.layout.features
         for inputs in loader:
-            parts = self._ask(trainer._prepare_inputs(inputs), None, logits, features)
-            layers = list(parts.layers or [])
-            if kind.endswith("gram"):
-                layers = [self.prepared(x, layer, self.gram_preparation) for layer, x in enumerate(layers)]
-            yield cache.pack(parts.logits, layers)
+            parts = self._ask(trainer._prepare_inputs(inputs), None, cache.layout.has_logits, bool(features))
+            yield cache.pack(parts.logits, self.rows.parts(features, parts.layers) if features else [])
 
     def _read(self, step: Step, shuffled: bool) -> Parts:
         """What the cache holds of a training batch; nothing where there is none."""
@@ -466,11 +414,11 @@ class TeacherSide:
         device = index.device
         if self.cache.device != device:
             index = torch.from_numpy(host_index(step.inputs))
-        parts = self.cache(index.roll(-1) if shuffled else index, device)
-        kind = self.cache.layout.kind
-        if kind == "logits":
-            return Parts(parts[0][:, 0])
-        return Parts(parts[0][:, 0], parts[1:]) if kind.startswith("logits") else Parts(None, parts)
+        parts, layout = self.cache(index.roll(-1) if shuffled else index, device), self.cache.layout
+        logits = parts.pop(0)[:, 0] if layout.has_logits else None
+        if layout.has_mean:
+            parts[-1] = TokenMean(parts[-1][:, 0])
+        return Parts(logits, parts or None)
 
 
 def spread(dataset: Dataset, count: int) -> Dataset:

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 from hf_ihb.data import StoredSplit, host_index
 from hf_ihb.errors import RecipeError
 from hf_ihb.functional.gram import TokenGram
+from hf_ihb.functional.tokens import TokenMean
+from hf_ihb.methods.rows import FeatureRow
 from hf_ihb.step import Step
-from hf_ihb.trainer.arguments import tokens_because
 from hf_ihb.trainer.score_rows import MOST_CLASSES, ScoreRow
 from hf_ihb.trainer.teacher_cache import cache_root
 from hf_ihb.trainer.view_cache import ViewCache
@@ -43,8 +44,8 @@ class TeacherViews:
 
     # ---- Asking ----
 
-    def __call__(self, step: Step, *, shuffled: bool) -> tuple[Tensor | None, list[TokenGram] | None]:
-        """Scores ``(B, K)`` and inner products of layers of a training batch, to the storage precision.
+    def __call__(self, step: Step, *, shuffled: bool) -> tuple[Tensor | None, list[TokenGram | TokenMean] | None]:
+        """Scores ``(B, K)``, inner products of layers and mean tokens of a training batch, to the storage precision.
 
         Args:
             step: Of the batch.
@@ -62,7 +63,7 @@ class TeacherViews:
             self._complete(step.epoch - min(2, self.trainer.args.world_size))
         if shuffled:
             scores = None if scores is None else scores.roll(-1, dims=0)
-            layers = layers and [TokenGram(*(part.roll(-1, dims=0) for part in layer)) for layer in layers]
+            layers = layers and [type(layer)(*(part.roll(-1, dims=0) for part in layer)) for layer in layers]
         return scores, layers
 
     def _ask(self, step: Step, where: Tensor | None) -> Tensor:
@@ -71,8 +72,9 @@ class TeacherViews:
         seen = step.views.seen if where is None else step.views.seen.index_select(0, where)
         pixels = self.trainer.teacher.prepare(seen, side.sees_whole_images)
         scores, maps = side.forward(pixels, logits=logits, layers=features)
-        layers = enumerate(side.pooled(maps)) if features else ()
-        return self.cache.row.pack(scores, [side.prepared(x, n, side.gram_preparation) for n, x in layers])
+        row = self.cache.row
+        parts = side.rows.parts(row.features, side.pooled(maps)) if features else []
+        return row.pack(scores, parts[: len(row.tokens)], parts[-1][:, 0] if row.mean else None)
 
     def _complete(self, epoch: int) -> None:
         """Asks for the few images that `dataloader_drop_last` left out of an epoch.
@@ -137,12 +139,14 @@ class TeacherViews:
     def _made(self) -> ViewCache:
         trainer, side, (logits, features) = self.trainer, self.side, self._wanted
         scores = ScoreRow(trainer.student.config.num_labels) if logits else None
-        tokens = tuple(count for count, _ in side.layers.teacher_shapes) if features else ()
+        shapes = side.layers.teacher_shapes if features else ()
+        kept = side.rows.smallest if features else FeatureRow()
+        tokens = tuple(count for count, _ in shapes[: len(side.layers.teacher_layers)]) if kept.layers else ()
         return ViewCache(
             cache_root(trainer.args.teacher_cache_dir),
-            side.description("gram" if features else "logits")
+            side.rows.description(kept.name if features else "logits")
             | {"views": trainer.batches.describe_views(trainer.train_dataset)},
-            ViewRow(scores, tokens),
+            ViewRow(scores, tokens, shapes[-1][1] if kept.final else 0),
             len(trainer.train_dataset),
             run=str(trainer.args.output_dir),
         )
@@ -156,9 +160,9 @@ class TeacherViews:
             return "images are decoded when they are asked for, and are mixed with the next of their batch"
         if features and self.side.asks_attention:
             return "attention maps of the teacher are learned from, which no cache holds"
-        if features and (because := tokens_because(self.side.methods)) is not None:
+        if features and (because := self.side.rows.because) is not None:
             return f"'{because}' needs the tokens of augmented images themselves, which are many"
-        if features and not self.side.gram_is_enough:
+        if features and self.side.rows.smallest.layers == "tokens":
             return "the losses take the tokens of augmented images in several ways"
         if logits and self.trainer.student.config.num_labels > MOST_CLASSES:
             return f"more than {MOST_CLASSES:,} classes"

@@ -6,7 +6,6 @@ their rows, in the order of the training split. Files are only added, and a file
 """
 
 import contextlib
-import dataclasses
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -25,13 +24,15 @@ from transformers.utils import logging
 from hf_ihb.data.placement import onto, readable_bytes, rows_onto
 from hf_ihb.errors import CacheError
 from hf_ihb.functional.gram import TokenGram
+from hf_ihb.functional.tokens import TokenMean
 from hf_ihb.storage.cache_folder import CacheFolder, checksum
-from hf_ihb.trainer.shared_caches import on_every_process, trouble
+from hf_ihb.trainer.shared_caches import kept_tensors, on_every_process, trouble
 from hf_ihb.trainer.view_rows import ViewRow
 
 logger = logging.get_logger(__name__)
 
 FORMAT = 1
+STATISTICS_FILE = "statistics"  # no suffix: files that have one hold rows
 _CHECKED_ROWS = 8
 _HELD_BYTES = 2**26  # of rows that are not written yet
 Ask = Callable[[Tensor | None], Tensor]
@@ -43,7 +44,7 @@ class ViewCache:
     Args:
         root: Folder of all caches.
         description: Everything that determines a view and what the teacher says of it, as JSON; its hash names it.
-        row: How what the teacher says is stored.
+        row: How what the teacher says is stored; the code of a mean token may be put in before rows are made or read.
         num_images: Of the training split.
         run: That may write, as it is named to others.
     """
@@ -53,7 +54,7 @@ class ViewCache:
     def __init__(
         self, root: Path, description: Mapping[str, Any], row: ViewRow, num_images: int, run: str = ""
     ) -> None:
-        about = {"format": FORMAT, "kind": self.kind, "images": num_images, "row": dataclasses.asdict(row)}
+        about = {"format": FORMAT, "kind": self.kind, "images": num_images, "row": row.description()}
         remedy = "give another 'teacher_cache_dir', or 'teacher_cache' off"
         self.store = CacheFolder(root, about | {"of": description}, what="the cache of views", remedy=remedy)
         self.row, self.num_images, self.run = row, num_images, run
@@ -85,7 +86,7 @@ class ViewCache:
 
     def __call__(
         self, epoch: int, index: np.ndarray, ask: Ask, device: torch.device
-    ) -> tuple[Tensor | None, list[TokenGram] | None]:
+    ) -> tuple[Tensor | None, list[TokenGram | TokenMean] | None]:
         """What the teacher says of a batch of views, always as it is stored: read or asked for, it is the same.
 
         Args:
@@ -156,7 +157,7 @@ class ViewCache:
         A disk that is full ends the writing, not the training: what is learned from is the same.
 
         Raises:
-            CacheError: If the teacher said something that is no number.
+            CacheError: If the teacher said something that is no number, or that half precision does not reach.
         """
         if not self._fresh:
             return
@@ -175,7 +176,8 @@ class ViewCache:
         if (undefined := self.row.undefined(rows)).any():
             image = int(np.sort(index)[int(undefined.int().argmax())])
             raise CacheError(
-                f"teacher: expected numbers, found NaN for training image {image} in epoch {epoch}; they are not kept"
+                f"teacher: expected numbers that half precision holds, found NaN or one beyond for training image "
+                f"{image} in epoch {epoch}; they are not kept"
             )
         images = np.packbits(np.isin(np.arange(self.num_images), index))
         parts = {"images": torch.from_numpy(images), "rows": rows}
@@ -197,6 +199,10 @@ class ViewCache:
             self.store.note(path.name, content, PartialState().process_index)
 
     # ---- What is there ----
+
+    def statistics(self, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """See `hf_ihb.trainer.shared_caches.kept_tensors`."""
+        return kept_tensors(self.store, STATISTICS_FILE, make)
 
     def _files(self, journal: Mapping[str, str]) -> list[Path]:
         """Those that a journal names, epoch by epoch."""

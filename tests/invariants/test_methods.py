@@ -72,6 +72,14 @@ def test_the_loss_asks_the_device_for_nothing(name, cached):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_what_a_method_says_is_enough_gives_its_loss_and_gradient(name):
+    """Inner products of the teacher's tokens, or their mean, in the place of what they were taken of."""
+    kind = made(name, center_positions=False)
+    for found, expected in zip(gradient_of(kind, cached=True), gradient_of(kind), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_half_precision_outputs_under_autocast_give_the_loss_of_float32(name):
     kind = made(name)
     expected = scalar(kind.loss(*example(kind)))

@@ -19,12 +19,15 @@ from hf_ihb.config.augmentation import AugmentationArguments
 from hf_ihb.functional import constants, geometry, gram, tokens
 from hf_ihb.functional.gram import gram_width, unpack_gram
 from hf_ihb.functional.logits import task_loss
+from hf_ihb.functional.resampling import Resampler
 from hf_ihb.functional.tokens import pool_tokens, resampling_matrix, standardize_tokens
 from hf_ihb.methods.base import TokenPair
 from hf_ihb.models.processing import PixelFormat
+from hf_ihb.trainer.cache_rows import Code
 from hf_ihb.trainer.compiling import compiled
 from hf_ihb.trainer.score_rows import ScoreRow
 from hf_ihb.trainer.teacher_dropping import kept_teachers
+from hf_ihb.trainer.view_rows import ViewRow
 from tests.augment.test_augmenter import SETTINGS
 from tests.methods.steps import logit_loss, losses
 
@@ -141,6 +144,17 @@ def test_logit_losses_ask_the_device_for_nothing(kind, on_gpu):
 def test_stored_scores_of_views_ask_the_device_for_nothing(classes, on_gpu):
     row = ScoreRow(classes)
     assert on_gpu(lambda: row.unpack(row.pack(torch.empty(4, classes, device=GPU)))) == []
+
+
+def test_mean_tokens_of_views_ask_the_device_for_nothing(on_gpu):
+    def step():
+        row = ViewRow(mean=24, code=Code(torch.empty(1, 24, device=GPU), torch.empty(24, device=GPU)))
+        (mean,) = row.unpack(row.pack(None, [], torch.empty(4, 24, device=GPU)))[1]
+        known, mask = Resampler(None)(mean, (7, 7), (4, 4))
+        pair = TokenPair(torch.empty(4, 16, 12, device=GPU), known, mask)
+        losses({name: [pair] for name in ("relation", "sp", "rkd", "pkt")}, torch.empty(4, device=GPU))
+
+    assert on_gpu(step) == []
 
 
 def test_which_teacher_is_left_out_is_asked_of_nobody(on_gpu):

@@ -125,8 +125,20 @@ def stored_views(folder):
     return found
 
 
-def test_processes_share_out_views_and_killed_and_resumed_equals_uninterrupted(launch, teacher, tmp_path):
-    recipe = {**LOGITS, **RESUMABLE, "teacher_model": teacher, "teacher_cache": "views", "augmentation_seed": 5}
+OF_VIEWS = {  # and what another run, of the same rows, differs in
+    "scores": (LOGITS, {"temperature": 4.0}),
+    "mean tokens": (
+        {**STUDENT, "method": "structural", "student_layers": [0, 1], "teacher_layers": [1, 2], "relation_weight": 1.0,
+         "teacher_view": "identical"},
+        {"relation_weight": 0.0, "sp_weight": 100.0},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", OF_VIEWS)
+def test_processes_share_out_views_and_killed_and_resumed_equals_uninterrupted(kept, launch, teacher, tmp_path):
+    settings, changed = OF_VIEWS[kept]
+    recipe = {**settings, **RESUMABLE, "teacher_model": teacher, "teacher_cache": "views", "augmentation_seed": 5}
 
     def run(name, *more, processes=2, **settings):
         words = ["--teacher_cache_dir", str(tmp_path / name), *more]
@@ -147,8 +159,9 @@ def test_processes_share_out_views_and_killed_and_resumed_equals_uninterrupted(l
     assert sorted(epoch for epoch, _ in rows) == [0] * 160 + [1] * 144 + [2] * 96
     assert rows.keys() == again.keys()
     assert all(torch.equal(again[place], row) for place, row in rows.items())
-    # another number of processes, another seed and temperature: the same views, and none is asked for twice
-    other = run("whole", "--temperature", "4", "--seed", "9", processes=1)
+    # another number of processes, another seed and temperature or loss: the same views, and none is asked for twice
+    words = [word for key, value in changed.items() for word in (f"--{key}", str(value))]
+    other = run("whole", *words, "--seed", "9", processes=1)
     assert other.code == 0, other.stderr
     after = stored_views(tmp_path / "whole")
     assert all(torch.equal(after[place], row) for place, row in rows.items())

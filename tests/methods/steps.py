@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_ihb.functional.gram import pack_gram, unpack_gram
+from hf_ihb.functional.tokens import TokenMean
 from hf_ihb.methods import METHODS
 from hf_ihb.methods.base import TokenPair, Widths
 from hf_ihb.step import Step, StudentOutput, TeacherOutputs, TeacherTokens
@@ -98,7 +99,7 @@ def example(kind, *, parameter=None, rows=slice(None), cached=False, device="cpu
         kind: The method.
         parameter: ``(6, 6)`` map that makes the student's tokens; the identity if None.
         rows: Share of the batch of 12.
-        cached: Inner products in the place of the teacher's tokens, where they are enough.
+        cached: Inner products in the place of the teacher's tokens, or their mean, where they are enough.
         device: Of everything.
         dtype: Of what the student says.
         head: The method's head; a new one, always the same, if None.
@@ -123,10 +124,14 @@ def example(kind, *, parameter=None, rows=slice(None), cached=False, device="cpu
         attentions=(attention_of(tokens, attention[rows]),) if kind.needs.attention else None,
     )
     known = unpack_gram(pack_gram(layer[rows]), TOKENS) if cached and kind.needs.layers == "gram" else layer[rows]
+    last = final[rows]
+    if cached and kind.needs.final == "mean":
+        shares = mask.float() / mask.sum(dim=1, keepdim=True)
+        last = TokenMean(torch.einsum("bn,bnd->bd", shares, last))
     teacher = TeacherOutputs(
         logits=scores[rows],
         layers={kind.needs.preparation: [TeacherTokens(known, mask)]},
-        final=TeacherTokens(final[rows], mask),
+        final=TeacherTokens(last, mask),
         attentions=[(layer @ layer.mT)[rows].softmax(-1)] if kind.needs.teacher_attention else None,
     )
     if (head := head or head_of(kind, device, dtype)) is not None:

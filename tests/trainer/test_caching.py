@@ -238,7 +238,7 @@ def test_what_concerns_the_student_alone_shares_the_cache(structural):
 
 def test_a_teacher_that_was_changed_behind_the_cache_is_found_out(structural, monkeypatch):
     structural(cka_weight=1.0, teacher_cache="gram").prepare_teacher()
-    monkeypatch.setattr("hf_ihb.trainer.teacher_side.describe_teacher", lambda teacher, whole: "the same")
+    monkeypatch.setattr("hf_ihb.trainer.teacher_rows.describe_teacher", lambda teacher, whole: "the same")
     structural(cka_weight=1.0, teacher_cache="gram").prepare_teacher()
     with pytest.raises(CacheError, match="expected what the teacher says now"):
         structural(vit_teacher(seed=9), cka_weight=1.0, teacher_cache="gram").prepare_teacher()

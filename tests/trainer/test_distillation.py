@@ -175,7 +175,7 @@ def test_method_selects_defaults_alone(make_args):
 @pytest.mark.parametrize(("keys", "line"), [
     ({}, "keys 'alpha', "),
     ({"method": "logits", "teacher_view": "shared"}, "key 'teacher_view': expected 'identical' or 'clean' with method"),
-    ({"cka_weight": 1.0, "teacher_cache": "logits"}, "key 'teacher_cache': expected 'tokens', 'gram', 'auto' or 'off'"),
+    ({"cka_weight": 1.0, "teacher_cache": "logits"}, "expected 'tokens', 'gram', 'mean', 'auto' or 'off'"),
     ({"alpha": 0.5, "teacher_cache": "gram"}, "key 'teacher_cache': expected 'logits', 'auto' or 'off'"),
     ({"alpha": 0.5, "teacher_cache": "logits"}, "keys 'teacher_cache' and 'teacher_logits_view' contradict"),
     ({"cka_weight": 1.0, "method": "features"}, "key 'method': expected one of logits, structural"),

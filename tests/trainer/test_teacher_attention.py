@@ -14,6 +14,7 @@ from hf_ihb.methods.base import Method
 from hf_ihb.step import Needs
 from hf_ihb.trainer import DistillationTrainer
 from hf_ihb.trainer.arguments import DistillationTrainingArguments
+from tests.trainer.test_caching import Forwards, curve
 
 
 @dataclass
@@ -101,6 +102,49 @@ def test_models_without_attention_between_all_patches_are_refused_in_one_line(
         make_trainer(make_teacher())
     with pytest.raises(RecipeError, match=r"^key 'attention_weight', student: .*expected a ViT .*found none.*$"):
         make_trainer(make_vit_classifier(), make_teacher().model)
+
+
+SCORES = {  # of a view that maps are not taken of: a forward of its own
+    "stored images, attention to augmented ones": (
+        {"teacher_logits_view": "clean", "teacher_view": "identical"},
+        "logits",
+    ),
+    "augmented images, attention to stored ones": (
+        {"teacher_logits_view": "identical", "teacher_view": "clean"},
+        "views",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", SCORES)
+def test_scores_of_another_view_are_read_beside_them(
+    way, make_student, make_args, make_vit_classifier, train_split, eval_split, processor, tmp_path
+):
+    settings, kind = SCORES[way]
+    keys = {"student_layers": [0, -1], "teacher_layers": [1, -1], "attention_weight": 1.0, "alpha": 0.5, "max_steps": 6}
+
+    def run(cache):
+        trainer = DistillationTrainer(
+            make_student(),
+            make_args(
+                DistillationTrainingArguments, **keys, **settings, teacher_cache=cache,
+                teacher_cache_dir=str(tmp_path / "caches"),
+            ),
+            train_dataset=train_split, eval_dataset=eval_split, processing_class=processor,
+            augmentation=AugmentationArguments(augmentation_seed=7, horizontal_flip=0.5, random_crop_padding=2),
+            teacher_model=make_vit_classifier(),
+        )  # fmt: skip
+        trainer.score_teacher = lambda: 1.0  # it is at chance
+        return trainer
+
+    live, first = curve(run("off")), run("auto")
+    torch.testing.assert_close(curve(first), live, rtol=2e-3, atol=2e-3)
+    kinds = [first.teacher_cache and first.teacher_cache.layout.kind, first.teacher_views and first.teacher_views.kind]
+    assert kinds == (["logits", None] if kind == "logits" else [None, "views"])
+    again = run("auto")
+    forwards = Forwards(again.teacher)
+    again.train()
+    assert forwards.count == 6 * 32 + (8 if kind == "logits" else 32)  # for the maps of each step, and rows to compare
 
 
 def test_no_cache_holds_them(make_trainer, make_vit_classifier, capsys):

@@ -393,7 +393,7 @@ class _Stream(ImageSplit):
 
 def test_a_teacher_that_was_changed_behind_the_cache_is_found_out(logits, make_teacher, monkeypatch):
     logits().train()
-    monkeypatch.setattr("hf_ihb.trainer.teacher_side.describe_teacher", lambda teacher, whole: "the same")
+    monkeypatch.setattr("hf_ihb.trainer.teacher_rows.describe_teacher", lambda teacher, whole: "the same")
     logits().train()
     teacher = make_teacher()
     with torch.no_grad():
@@ -472,9 +472,7 @@ def test_inner_products_of_augmented_images_are_kept_as_well(way, structural):
     trainer = structural(**settings, teacher_cache="views")
     forwards = Forwards(trainer.teacher)
     assert torch.equal(curve(trainer), wrote)
-    assert (
-        forwards.count == 32 + 128 * trainer.args.center_positions
-    )  # rows that are compared, and the statistics of positions
+    assert forwards.count == 32  # rows that are compared; the means of positions are kept with them
     assert len(rows_of(trainer)) == 256
 
 
