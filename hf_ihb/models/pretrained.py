@@ -129,15 +129,20 @@ def _headless(config: Any) -> Any:
 
 
 def _trained(auto: Any, config: Any, folder: str, who: str) -> PreTrainedModel:
-    """The model with its weights, every one of them."""
-    model, info = auto.from_pretrained(
-        folder,
-        config=config,
-        use_safetensors=True,
-        output_loading_info=True,
-        dtype=torch.float32,
-        trust_remote_code=False,
-    )
+    """The model with its weights, every one of them; those that blocks do not use may be drawn, always the same.
+
+    A cache of what a teacher says is named after all its weights, and serves runs of any seed.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, info = auto.from_pretrained(
+            folder,
+            config=config,
+            use_safetensors=True,
+            output_loading_info=True,
+            dtype=torch.float32,
+            trust_remote_code=False,
+        )
     absent = absent_weights(info)
     if auto is not AutoModelForImageClassification:
         absent = [k for k in absent if not any(part in _UNUSED_BY_BLOCKS for part in k.split("."))]

@@ -27,6 +27,16 @@ STUDENT = {
     "patch_size": 2,
 }  # fmt: skip
 
+LOGITS = {**STUDENT, "method": "logits", "alpha": 0.6, "temperature": 2.0}
+STRUCTURAL = {
+    **STUDENT, "method": "structural", "cka_weight": 1.0, "gram_weight": 1.0, "token_weight": 0.5,
+    "student_layers": [0, 1], "teacher_layers": [1, 2],
+}  # fmt: skip
+AUGMENTED = {"random_crop_padding": 1, "horizontal_flip": 0.5, "mixup_alpha": 0.8, "mix_probability": 0.4}
+# BatchNorm, whose statistics are each process's own, in an average
+AVERAGED = {"ema_decay": 0.9, "conv_stem": True}
+RESUMABLE = {**AUGMENTED, "drop_path_rate": 0.2, "max_steps": 8, "save_strategy": "steps", "save_steps": 3}
+
 
 @dataclass
 class Finished:

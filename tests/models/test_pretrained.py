@@ -50,6 +50,18 @@ def test_a_classifier_is_taken_where_one_was_saved_and_a_backbone_where_not(clas
         load_pretrained(backbone, needs_logits=True)
 
 
+def test_a_backbone_of_a_classifier_is_the_same_whatever_the_runs_seed(classifier):
+    digests, draws = set(), set()
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        model = load_pretrained(classifier, needs_logits=False).model
+        assert "pooler.dense.weight" in model.state_dict()  # which no classifier has, and no block needs
+        digests.add(weights_digest(model))
+        draws.add((seed, torch.rand(()).item()))
+    assert len(digests) == 1
+    assert draws == {(seed, torch.rand((), generator=torch.Generator().manual_seed(seed)).item()) for seed in (1, 2)}
+
+
 def test_a_loaded_model_is_ready_to_be_measured(classifier):
     loaded = load_pretrained(classifier)
     assert not loaded.model.training
