@@ -51,7 +51,7 @@ def again(folder, machine):
     """Whether a run goes on by itself that left a checkpoint, if the launcher of one machine has started it again."""
     args, run_args = TrainingArguments(str(folder), use_cpu=True), RunArguments()
     with folder_lock(folder, takes=args.process_index == 0):
-        (folder / "checkpoint-1").mkdir(exist_ok=True)
+        (folder / "checkpoint-1").mkdir(parents=True, exist_ok=True)
         PartialState().wait_for_everyone()
     os.environ["TORCHELASTIC_RESTART_COUNT"] = "1" if args.process_index == machine else "0"
     return goes_on_by_itself(args, run_args)
