@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainingArguments
 from transformers.utils import logging
 
@@ -90,12 +90,14 @@ def resume_argument(args: TrainingArguments) -> str | bool | None:
 def goes_on_by_itself(args: TrainingArguments, run_args: RunArguments) -> bool:
     """Whether a launcher has started this run again, and it had left a checkpoint (``torchrun --max_restarts N``).
 
-    Not where it replaces an earlier run, whose checkpoints may still be there.
+    Not where it replaces an earlier run, whose checkpoints may still be there. All processes get the same answer.
     """
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 or run_args.overwrite_output_dir:
+    if launch() is None or run_args.overwrite_output_dir:
         return False
-    ours = launch() is not None and last_holder(Path(args.output_dir)).get("launch") == launch()
-    return broadcast_object_list([ours and bool(checkpoints_of(args.output_dir))])[0]
+    # a launcher whose processes had to end because another machine's did counts no restart of its own
+    is_again = any(gather_object([int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))]))
+    ours = last_holder(Path(args.output_dir)).get("launch") == launch()
+    return broadcast_object_list([is_again and ours and bool(checkpoints_of(args.output_dir))])[0]
 
 
 def open_run(args: TrainingArguments, run_args: RunArguments, recipe: Path) -> None:

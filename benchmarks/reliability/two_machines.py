@@ -28,7 +28,8 @@ from typing import Any
 from small_runs import begin_with, table, write
 
 ROOT = Path(__file__).parents[2]
-SPACES, ADDRESSES = ("hf-ihb-a", "hf-ihb-b"), ("10.213.77.1", "10.213.77.2")
+# of this process, so that another one's are left alone
+SPACES, ADDRESSES = tuple(f"hf-ihb-{os.getpid()}-{side}" for side in "ab"), ("10.213.77.1", "10.213.77.2")
 TIMEOUT_S = 15
 DEIT = {
     "architecture": "deit", "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 4,
@@ -45,16 +46,20 @@ CKA = {"cka_weight": 1.0, "student_layers": [1, 3], "teacher_layers": [1, 2], "t
 
 @contextlib.contextmanager
 def two_networks() -> Iterator[None]:
-    """Two namespaces and a cable between them."""
+    """Two namespaces and a cable between them; they go with all that runs in them, also where this is told to end."""
 
     def ip(*words: str) -> None:
         subprocess.run(["ip", *words], check=True, capture_output=True)
 
     def away() -> None:
         for space in SPACES:
+            inside = subprocess.run(["ip", "netns", "pids", space], capture_output=True, text=True).stdout.split()
+            for pid in inside:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
             subprocess.run(["ip", "netns", "del", space], capture_output=True)
 
-    away()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         for space in SPACES:
             ip("netns", "add", space)

@@ -9,8 +9,9 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 
 import hf_ihb.trainer.teacher_cache as module
+from hf_ihb.config.run import RunArguments
 from hf_ihb.errors import CacheError, CheckpointError
-from hf_ihb.run import run_script
+from hf_ihb.run import goes_on_by_itself, run_script
 from hf_ihb.storage import folder_lock
 from hf_ihb.trainer.cache_rows import Layout
 from hf_ihb.trainer.machines import check_shared
@@ -46,6 +47,16 @@ def look(folder):
             return str(error)
 
 
+def again(folder, machine):
+    """Whether a run goes on by itself that left a checkpoint, if the launcher of one machine has started it again."""
+    args, run_args = TrainingArguments(str(folder), use_cpu=True), RunArguments()
+    with folder_lock(folder, takes=args.process_index == 0):
+        (folder / "checkpoint-1").mkdir(parents=True, exist_ok=True)
+        PartialState().wait_for_everyone()
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1" if args.process_index == machine else "0"
+    return goes_on_by_itself(args, run_args)
+
+
 def main(argv):
     root = Path(argv[0])
     state = PartialState(cpu=True)
@@ -57,6 +68,7 @@ def main(argv):
         "different": build(root / "different", seen_by=state.process_index),
         "world": state.num_processes,
         "one folder": look(root / "one"),
+        "again": [again(root / "again", machine) for machine in (0, 1, None)],
         "two folders": look(root / f"own{state.process_index}"),
     }
     (root / f"{state.process_index}.json").write_text(json.dumps(ended))

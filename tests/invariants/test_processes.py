@@ -102,6 +102,7 @@ def test_processes_share_out_a_cache_and_fail_together(tmp_path):
         assert "for training image 5;" in ended["broken"]
         assert "expected the same teacher and images on all processes" in ended["different"]
         assert ended["one folder"] is None
+        assert ended["again"] == [True, True, False]
         assert re.match(
             "key 'output_dir': expected a folder that all machines see, .* found another .*", ended["two folders"]
         )
