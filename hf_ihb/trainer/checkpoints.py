@@ -168,7 +168,10 @@ def check_weights(weights: nn.Module | Mapping[str, Tensor]) -> None:
     floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point() and tensor.numel() > 0}
     if not floating:  # a process that gets no part of a sharded state
         return
-    # the extremes keep NaN and Inf, and take no memory
+    # sums keep NaN and Inf, and take no memory; where a sum has them, the extremes say whether its tensor has
+    sums = [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)).double() for tensor in floating.values()]
+    if torch.stack(sums).isfinite().all():
+        return
     extremes = [torch.stack(tensor.aminmax()).double() for tensor in floating.values()]
     finite = torch.stack(extremes).isfinite().all(dim=1).tolist()
     if not all(finite):
