@@ -66,6 +66,7 @@ ROWS = {
     "OFA": _logits(alpha=0, ofa_weight=1.0, student_layers="0 2 3 5"),
     "CKA": _features(cka_weight=1.0),
     "Gram": _features(gram_weight=1.0),
+    "patch similarity": _features(patch_similarity_weight=1.0),
     "token": _features(token_weight=1.0),
     "relation": _features(relation_weight=1.0),
     "RSD": _features(rsd_weight=1.0),

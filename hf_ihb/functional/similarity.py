@@ -316,7 +316,7 @@ def published_cka(x: Tensor, y: Tensor | TokenGram, *, mask: Tensor | None = Non
 
         def gram(features: Tensor | TokenGram) -> Tensor:
             if isinstance(features, TokenGram):
-                return _centered_kernel(_cosines(features), mask) / (count - 1)[..., None, None]
+                return _centered_kernel(cosine_similarities(features), mask) / (count - 1)[..., None, None]
             unit = unit_rows(torch.where(share > 0, features, 0))
             mean = (unit * share).sum(dim=-2, keepdim=True) / count[..., None, None]
             centered = (unit - mean) * share.sqrt()
@@ -329,8 +329,8 @@ def published_cka(x: Tensor, y: Tensor | TokenGram, *, mask: Tensor | None = Non
         return cross / (self_x * self_y + 1e-8).sqrt()
 
 
-def _cosines(x: Tensor | TokenGram) -> Tensor:
-    """``(..., N, N)`` cosine similarities of rows; those of a zero row are 0."""
+def cosine_similarities(x: Tensor | TokenGram) -> Tensor:
+    """``(..., N, N)`` cosine similarities of rows ``(..., N, D)``, or of those of a `TokenGram`; of a zero row 0."""
     if not isinstance(x, TokenGram):
         unit = unit_rows(_float(x))
         return unit @ unit.mT
@@ -369,7 +369,7 @@ def gram_distance(
     if normalization not in ("mean_square", "published"):
         raise ValueError(f"normalization must be 'mean_square' or 'published', got {normalization!r}")
     with torch.autocast(x.device.type, enabled=False):
-        difference = _cosines(x) - _cosines(y)
+        difference = cosine_similarities(x) - cosine_similarities(y)
         if mask is not None:
             share = mask.to(difference.dtype)
             pair = share[..., :, None] * share[..., None, :]

@@ -12,6 +12,7 @@ from hf_ihb.methods.gram import Gram
 from hf_ihb.methods.logits import LogitDistillation
 from hf_ihb.methods.nkd import NKD
 from hf_ihb.methods.ofa import OFA
+from hf_ihb.methods.patch_similarity import PatchSimilarity
 from hf_ihb.methods.pkt import PKT
 from hf_ihb.methods.procrustes import Procrustes
 from hf_ihb.methods.relation import Relation
@@ -28,6 +29,7 @@ METHODS: tuple[type[Method], ...] = (
     OFA,
     CKA,
     Gram,
+    PatchSimilarity,
     Token,
     FeatureMSE,
     Relation,
