@@ -3,9 +3,10 @@
 python benchmarks/method_table.py --dataset_name uoft-cs/cifar10 --name 2026-11-27-methods [--work outputs/methods]
 
 Each run is a process of the user's own command, 350 steps of the micro tier. What has been run is read from its folder,
-so that the command can be killed and given again. The five best methods that learn from features are run with a second
-seed, and with an untrained and a shuffled teacher. 350 steps are a test of the machinery and of the sign of a
-difference, and no CIFAR-10 result.
+or from results of that name, so that the command can be killed and given again, and a new method is one more run:
+teachers that are trained anew must be as good as those of the results. The five best methods that learn from features
+are run with a second seed, and with an untrained and a shuffled teacher. 350 steps are a test of the machinery and of
+the sign of a difference, and no CIFAR-10 result.
 """
 
 import argparse
@@ -215,7 +216,8 @@ def write(args: argparse.Namespace, runs: dict[str, dict[str, Any]], teachers: d
         f"seed. Micro student, batches of 64, {args.steps} steps, teachers: {said}. {minutes:.0f} minutes in all, "
         f"wall time{args.note and f' ({args.note})'}. The "
         f"standard error of a difference by the sampling of test images is {100 * standard_error(control):.2f}; "
-        "one seed says no more than the sign of a large one.", "", *table(runs), "",
+        "one seed says no more than the sign of a large one. The commit of each run is in the JSON.", "",
+        *table(runs), "",
     ]  # fmt: skip
     (RESULTS / f"{args.name}.md").write_text("\n".join(lines), "utf-8")
 
@@ -231,18 +233,31 @@ def main() -> None:
     parser.add_argument("--best", type=int, default=5, help="With how many methods broken teachers are tried.")
     args = parser.parse_args()
     args.work = args.work.absolute()
-    runs: dict[str, dict[str, Any]] = {}
-    teachers: dict[str, Any] = {}
+    path = RESULTS / f"{args.name}.json"
+    before = json.loads(path.read_text("utf-8")) if path.is_file() else {"steps": args.steps}
+    if before["steps"] != args.steps:
+        parser.error(f"{path.name} is of {before['steps']} steps; give another --name")
+    runs: dict[str, dict[str, Any]] = before.get("runs", {})
+    teachers: dict[str, Any] = before.get("teachers", {})
+    taught = set()
 
     def teach(kind: str) -> None:
+        taught.add(kind)
         recipe, keys = TEACHERS[kind]
         keys = {"dataset_name": args.dataset_name, "disable_tqdm": "true", "analyses_after_training": "none", **keys}
         folder = args.work / f"teacher-{kind}"
-        teachers[kind] = run(_command("train", recipe, keys | {"output_dir": folder}), folder)
+        found = run(_command("train", recipe, keys | {"output_dir": folder}), folder)
+        known = teachers.setdefault(kind, found)
+        if found.get("accuracy") != known.get("accuracy"):
+            parser.error(
+                f"teacher-{kind} is {found.get('accuracy', found)}, that of the results {known.get('accuracy', known)}"
+            )
 
     def do(name: str, seed: int = 0, control: str = "none") -> None:
         row = ROWS[name]
-        if row.teacher is not None and row.teacher not in teachers:
+        if "accuracy" in runs.get(f"{name}|{seed}|{control}", {}):
+            return
+        if row.teacher is not None and row.teacher not in taught:
             teach(row.teacher)
         folder = args.work / f"{re.sub(r'[^A-Za-z0-9+]', '', name)}-{seed}-{control}"
         found = runs[f"{name}|{seed}|{control}"] = run(command(row, seed, control, args, folder), folder)
