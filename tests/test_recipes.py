@@ -271,7 +271,7 @@ def test_every_student_differs_from_its_control_only_in_what_the_teacher_needs(f
         keys = recipe_of(name)
         extra = keys.keys() - control.keys()
         assert {k: keys[k] for k in control} == control, name
-        prefixes = ("teacher_", "cka_", "gram_", "student_layers", "center_positions")
+        prefixes = ("teacher_", "cka_", "gram_", "feature_mse_", "student_layers", "center_positions")
         assert all(k in TEACHER_KEYS or k.startswith(prefixes) for k in extra), extra
 
 

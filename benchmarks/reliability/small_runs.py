@@ -36,11 +36,20 @@ TRAINING = {
 }  # fmt: skip
 
 
+_begun_at: list[str | None] = []  # the commit, which may be another one when results are written
+
+
 def begin_with(*preloaded: str) -> None:
     """Starts the script anew, quietly and with libraries loaded before libc; returns where that is so already."""
     wanted = QUIET | ({"LD_PRELOAD": ":".join(preloaded)} if preloaded else {})
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | wanted)
+    _begun_at.append(_commit())
+
+
+def _commit() -> str | None:
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
 
 
 def strike_library() -> str:
@@ -205,6 +214,8 @@ def write(name: str | None, title: str, text: str, rows: Any, started: float) ->
         "minutes": round((time.monotonic() - started) / 60, 1),
         "environment": environment(torch.device("cpu")),
     }
+    if _begun_at != [about["environment"]["commit"]]:
+        about["environment"]["commit"] = f"{_begun_at}, then {about['environment']['commit']}"
     machine = ", ".join(f"{k} {about['environment']['versions'][k]}" for k in ("torch", "transformers"))
     text = (
         f"# {title}\n\n`{about['command']}`, {about['minutes']} minutes on {os.cpu_count()} cores "

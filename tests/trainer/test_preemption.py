@@ -114,3 +114,11 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     with pytest.raises(NumericsError, match=r"expected finite weights, found NaN or Inf in student\.deit\.layers\.1\."):
         trainer.save_model()
     assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def test_weights_whose_sum_is_not_finite_are_saved_if_they_are(tmp_path):
+    trainer = small_trainer(tmp_path / "run")
+    with torch.no_grad():
+        trainer.student.deit.layers[1].mlp.fc1.bias[:4] = 3e38
+    trainer.save_model()
+    assert list((tmp_path / "run").glob("*.safetensors"))
