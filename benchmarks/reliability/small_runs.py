@@ -44,12 +44,11 @@ def begin_with(*preloaded: str) -> None:
     wanted = QUIET | ({"LD_PRELOAD": ":".join(preloaded)} if preloaded else {})
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | wanted)
-    _begun_at.append(_commit())
+    import torch
 
+    from hf_ihb.runs.environment import environment
 
-def _commit() -> str | None:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
+    _begun_at.append(environment(torch.device("cpu"))["commit"])
 
 
 def strike_library() -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
@@ -32,7 +33,7 @@ def meet_in_time(args: TrainingArguments) -> None:
 
     They would wait half an hour for one that cannot be reached.
     """
-    on_cpus = args.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    on_cpus = args.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
     if on_cpus and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
         PartialState(cpu=True, backend=args.ddp_backend, timeout=args.ddp_timeout_delta)
 

@@ -112,7 +112,8 @@ def _shifted(x: Tensor, mask: Tensor | None) -> Tensor:
         mean = (x * share).sum(dim=-2, keepdim=True) / count
         distance = ((x - mean) / unit).square().sum(dim=-1, keepdim=True)
         weight = share / (distance + 1e-3 * (share * distance).sum(dim=-2, keepdim=True) / count + _TINY)
-        center = (x * weight).sum(dim=-2, keepdim=True) / weight.sum(dim=-2, keepdim=True).clamp_min(_TINY)
+        weight = weight / weight.sum(dim=-2, keepdim=True).clamp_min(_TINY)  # before it meets what may be large
+        center = (x * weight).sum(dim=-2, keepdim=True)
         away = (x - center) * (share > 0)
         size = away.abs().amax(dim=(-2, -1), keepdim=True)
         scale = size * (away / torch.where(size == 0, 1, size)).square().mean(dim=(-2, -1), keepdim=True).sqrt()

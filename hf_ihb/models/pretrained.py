@@ -134,7 +134,7 @@ def _trained(auto: Any, config: Any, folder: str, who: str) -> PreTrainedModel:
     A cache of what a teacher says is named after all its weights, and serves runs of any seed.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # that of the CPU alone, which is put back
         model, info = auto.from_pretrained(
             folder,
             config=config,
@@ -163,7 +163,7 @@ def from_config(auto: Any, config: Any, seed: int) -> PreTrainedModel:
         seed: Of the weights.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         make = getattr(auto, "from_config", None) or auto._from_config
         model = make(config, dtype=torch.float32)
         if (network := getattr(model, "timm_model", None)) is not None:

@@ -217,6 +217,18 @@ def test_a_row_far_from_all_others_does_not_drown_them_in_float32(other, masked,
     assert (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[1].norm()
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_cka_does_not_know_a_scale_near_the_ends_of_float32(estimator, scale, generator):
+    x, y = (torch.randn(12, width, generator=generator) for width in (24, 32))
+    found = linear_cka((scale * x).requires_grad_(), y, estimator)
+    torch.testing.assert_close(found, linear_cka(x, y, estimator), rtol=0, atol=1e-6)
+    constant = torch.full((12, 24), scale, requires_grad=True)
+    alike = linear_cka(constant, y, estimator)
+    assert alike.isnan() if estimator == "debiased" else alike == 0
+    assert torch.autograd.grad(alike.nan_to_num(0), constant)[0].isfinite().all()
+
+
 def test_cka_hardly_changes_where_a_share_does(generator):
     x = torch.randn(12, 6, generator=generator, dtype=torch.float64)
     y = x @ torch.randn(6, 5, generator=generator, dtype=torch.float64)
